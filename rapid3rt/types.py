@@ -36,7 +36,8 @@ class Run:
     sigmas: the run's own grid as float32 values, `ticks + 1` of them, falling, the last 0. A policy with `grid_steps`
     sees the grid of that many steps. shift: s of the scheduler's phi(u) = s u / (1 + (s - 1) u).
     stay_on_grid: something counts in ticks (skip-layer guidance, a cutoff callback), so every image must step to the
-    next grid point. resolution: image tokens as (rows, columns).
+    next grid point. resolution: image tokens as (rows, columns). model: an id of the model, block_size: (query, key)
+    tile of the sparse kernel; a replay compares both with its trace where they are known.
     """
 
     images: int
@@ -49,6 +50,8 @@ class Run:
     costs: ActionCosts
     device: torch.device
     stay_on_grid: bool = False
+    model: str | None = None
+    block_size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

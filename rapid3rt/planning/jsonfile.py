@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Versioned JSON files that say what is wrong with them: traces and schedules are read and written through here.
+
+Every error is one `ValueError` that begins with the file and, where a field is at fault, names it
+(`trace.json: images[2][5].sigma must be a number, got 'x'`). Numbers are written with `repr`, so a float32 value
+held as a Python float comes back exactly; NaN and infinity are refused in both directions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+class Fields:
+    """One JSON object that knows where it came from. Accessors check kind and range and raise `ValueError`."""
+
+    def __init__(self, data: object, file: str, where: str = "") -> None:
+        self.file, self.where = file, where
+        if not isinstance(data, dict):
+            self.fail("", "be an object", data)
+        self.data: Mapping[str, Any] = data
+
+    def fail(self, name: str, requirement: str, got: object) -> NoReturn:
+        """Raise the one kind of error this file has."""
+        field = ".".join(part for part in (self.where, name) if part) or "content"
+        shown = repr(got)
+        shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+        msg = f"{self.file}: {field} must {requirement}, got {shown}"
+        raise ValueError(msg)
+
+    def get(self, name: str) -> Any:
+        if name not in self.data:
+            self.fail(name, "be present", "nothing")
+        return self.data[name]
+
+    def text(self, name: str, choices: tuple[str, ...] = ()) -> str:
+        value = self.get(name)
+        if not isinstance(value, str) or (choices and value not in choices):
+            self.fail(name, f"be one of {', '.join(choices)}" if choices else "be a string", value)
+        return value
+
+    def flag(self, name: str) -> bool:
+        value = self.get(name)
+        if not isinstance(value, bool):
+            self.fail(name, "be true or false", value)
+        return value
+
+    def integer(self, name: str, low: int, high: int | None = None) -> int:
+        value = self.get(name)
+        if type(value) is not int or value < low or (high is not None and value > high):
+            span = f"in {low}..{high}" if high is not None else f"of at least {low}"
+            self.fail(name, f"be an integer {span}", value)
+        return int(value)
+
+    def optional_integer(self, name: str, low: int) -> int | None:
+        return None if self.get(name) is None else self.integer(name, low)
+
+    def number(self, name: str, low: float = -math.inf, high: float = math.inf) -> float:
+        return self._number(name, self.get(name), low, high)
+
+    def numbers(self, name: str, low: float = -math.inf, high: float = math.inf) -> tuple[float, ...]:
+        return tuple(self._number(f"{name}[{i}]", x, low, high) for i, x in enumerate(self.array(name)))
+
+    def pairs(self, name: str) -> tuple[tuple[float, float], ...]:
+        """A list of `[x, y]`."""
+        for i, pair in enumerate(self.array(name)):
+            if not isinstance(pair, list) or len(pair) != 2:
+                self.fail(f"{name}[{i}]", "be a pair of numbers", pair)
+            for j, value in enumerate(pair):
+                self._number(f"{name}[{i}][{j}]", value, -math.inf, math.inf)
+        return tuple((float(x), float(y)) for x, y in self.array(name))
+
+    def array(self, name: str) -> list[Any]:
+        value = self.get(name)
+        if not isinstance(value, list):
+            self.fail(name, "be a list", value)
+        return value
+
+    def object(self, name: str) -> Fields:
+        return Fields(self.get(name), self.file, ".".join(p for p in (self.where, name) if p))
+
+    def objects(self, name: str) -> Iterator[Fields]:
+        for i, item in enumerate(self.array(name)):
+            yield Fields(item, self.file, ".".join(p for p in (self.where, f"{name}[{i}]") if p))
+
+    def _number(self, name: str, value: object, low: float, high: float) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            self.fail(name, "be a number", value)
+        if not low <= value <= high:
+            self.fail(name, f"be in {low:g}..{high:g}", value)
+        return float(value)
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    msg = f"{text} is not a number that can be stored"
+    raise ValueError(msg)
+
+
+def parse_fields(text: str, file: str, *, kind: str, version: int) -> Fields:
+    """Parse one versioned document. Raises `ValueError` naming `file` if it is corrupt, foreign or of another version."""
+    try:
+        data = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        msg = f"{file}: content must be one complete JSON document ({kind}), got: {error}"
+        raise ValueError(msg) from None
+    fields = Fields(data, file)
+    if fields.text("format") != kind:
+        fields.fail("format", f"be '{kind}'", data["format"])
+    if fields.integer("version", 1) != version:
+        fields.fail("version", f"be {version}", data["version"])
+    return fields
+
+
+def read_fields(path: str | os.PathLike[str], *, kind: str, version: int) -> Fields:
+    """Read one versioned file; see `parse_fields`. A missing file stays a `FileNotFoundError`."""
+    raw = Path(path).read_bytes()
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        msg = f"{path}: content must be UTF-8 text ({kind}), got bytes that are not"
+        raise ValueError(msg) from None
+    return parse_fields(text, str(path), kind=kind, version=version)
+
+
+def write_document(path: str | os.PathLike[str], document: Mapping[str, Any]) -> None:
+    """Write JSON atomically: a reader sees the old file or the whole new one, also after a crash."""
+    target = Path(path)
+    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        # mkstemp makes private files; a trace is as public as any other file the user writes.
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trace: every decision of a run, per image and tick, as plain data that JSON carries without loss.
+
+It lies below policies and runtime, because both read it: the runtime writes one, `replay` walks one, the report shows
+one. Values that were float32 on the device are held as Python floats and come back bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from typing import Any
+
+from rapid3rt.planning.jsonfile import Fields, parse_fields, read_fields, write_document
+from rapid3rt.types import ACTION_NAMES, ActionCosts
+
+FORMAT = "rapid3rt.trace"
+VERSION = 1
+
+
+def package_version() -> str:
+    """The installed version of this package, `unknown` when it runs from a bare folder."""
+    try:
+        return metadata.version("rapid3rt")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceTick:
+    """What one image did in one tick.
+
+    sigma, next_sigma: float32 values. action: COMPUTE, REUSE, ... (a name in JSON). level: sparsity level, 0 dense.
+    order: 1 Euler, 2 Adams-Bashforth. density: fraction of key blocks kept (1 dense, 0 when nothing was computed).
+    cost: in equivalent steps.
+    """
+
+    sigma: float
+    action: int
+    next_sigma: float
+    level: int = 0
+    order: int = 1
+    density: float = 1.0
+    cost: float = 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "action": ACTION_NAMES[self.action]}
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> TraceTick:
+        sigma = fields.number("sigma", 0.0)
+        return cls(
+            sigma=sigma,
+            action=ACTION_NAMES.index(fields.text("action", ACTION_NAMES)),
+            next_sigma=fields.number("next_sigma", 0.0, sigma),
+            level=fields.integer("level", 0),
+            order=fields.integer("order", 1, 2),
+            density=fields.number("density", 0.0, 1.0),
+            cost=fields.number("cost", 0.0),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """One call of the pipeline. `images[i]` holds image i's ticks until it was done; a done tick is absent.
+
+    sigmas: the run's own grid (that of `grid_steps` where a policy asked for one), the last 0. ticks: iterations of the
+    pipeline's loop. block_q, block_kv: tile sizes of the sparse kernel, None where nothing was sparse. tick_ms: wall
+    time of each tick, None when it was not measured. interrupted: the user stopped the run; images may stand above 0.
+    """
+
+    model: str
+    family: str
+    ticks: int
+    sigmas: tuple[float, ...]
+    images: tuple[tuple[TraceTick, ...], ...]
+    policy: str = ""
+    grid_steps: int | None = None
+    budget: int | None = None
+    block_q: int | None = None
+    block_kv: int | None = None
+    costs: ActionCosts = field(default_factory=ActionCosts)
+    tick_ms: tuple[float, ...] | None = None
+    interrupted: bool = False
+    package: str = field(default_factory=package_version)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document of this trace, ready for JSON."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "package": self.package,
+            "model": self.model,
+            "family": self.family,
+            "ticks": self.ticks,
+            "grid_steps": self.grid_steps,
+            "sigmas": list(self.sigmas),
+            "block_q": self.block_q,
+            "block_kv": self.block_kv,
+            "policy": self.policy,
+            "budget": self.budget,
+            "costs": {**asdict(self.costs), "levels": list(self.costs.levels)},
+            "tick_ms": None if self.tick_ms is None else list(self.tick_ms),
+            "interrupted": self.interrupted,
+            "images": [{"ticks": [tick.to_dict() for tick in ticks]} for ticks in self.images],
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), allow_nan=False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the trace, atomically."""
+        write_document(path, self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str, file: str = "trace") -> Trace:
+        """Read what `to_json` wrote. Raises `ValueError` naming `file` and the field that is wrong."""
+        return cls._from_fields(parse_fields(text, file, kind=FORMAT, version=VERSION))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Trace:
+        """Read a saved trace. Raises `ValueError` naming the file and the field that is wrong."""
+        return cls._from_fields(read_fields(path, kind=FORMAT, version=VERSION))
+
+    @classmethod
+    def _from_fields(cls, fields: Fields) -> Trace:
+        ticks = fields.integer("ticks", 1)
+        costs = fields.object("costs")
+        trace = cls(
+            model=fields.text("model"),
+            family=fields.text("family"),
+            ticks=ticks,
+            sigmas=fields.numbers("sigmas", 0.0),
+            images=tuple(_read_image(image, ticks) for image in fields.objects("images")),
+            policy=fields.text("policy"),
+            grid_steps=fields.optional_integer("grid_steps", 1),
+            budget=fields.optional_integer("budget", 1),
+            block_q=fields.optional_integer("block_q", 1),
+            block_kv=fields.optional_integer("block_kv", 1),
+            costs=ActionCosts(
+                levels=costs.numbers("levels", 0.0),
+                reuse=costs.number("reuse", 0.0),
+                measured=costs.flag("measured"),
+            ),
+            tick_ms=None if fields.get("tick_ms") is None else fields.numbers("tick_ms", 0.0),
+            interrupted=fields.flag("interrupted"),
+            package=fields.text("package"),
+        )
+        _check(trace, fields)
+        return trace
+
+
+def _read_image(image: Fields, ticks: int) -> tuple[TraceTick, ...]:
+    entries = tuple(TraceTick.from_fields(tick) for tick in image.objects("ticks"))
+    if len(entries) > ticks:
+        image.fail("ticks", f"have at most {ticks} entries", len(entries))
+    for i, (before, after) in enumerate(zip(entries, entries[1:], strict=False)):
+        if before.next_sigma != after.sigma:
+            image.fail(f"ticks[{i + 1}].sigma", f"be the sigma it was sent to, {before.next_sigma!r}", after.sigma)
+    return entries
+
+
+def _check(trace: Trace, fields: Fields) -> None:
+    if not trace.images:
+        fields.fail("images", "hold at least one image", [])
+    falling = all(a > b for a, b in zip(trace.sigmas, trace.sigmas[1:], strict=False))
+    if len(trace.sigmas) < 2 or not falling or trace.sigmas[-1] != 0:
+        fields.fail("sigmas", "fall strictly and end at 0", list(trace.sigmas))
+    if not trace.costs.levels:
+        fields.fail("costs.levels", "hold at least the dense cost", [])
+    if trace.tick_ms is not None and len(trace.tick_ms) > trace.ticks:
+        fields.fail("tick_ms", f"have at most {trace.ticks} entries", len(trace.tick_ms))
+    if trace.interrupted:
+        return
+    for i, ticks in enumerate(trace.images):
+        if not ticks or ticks[-1].next_sigma != 0:
+            got = ticks[-1].next_sigma if ticks else "no ticks"
+            fields.fail(f"images[{i}].ticks", "end at sigma 0 (or the trace be interrupted)", got)
