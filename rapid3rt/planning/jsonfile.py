@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Versioned JSON files that say what is wrong with them: traces and schedules are read and written through here.
+"""Versioned JSON files that say what is wrong with them: the way of every trace and schedule.
 
 Every error is one `ValueError` that begins with the file and, where a field is at fault, names it
-(`trace.json: images[2][5].sigma must be a number, got 'x'`). Numbers are written with `repr`, so a float32 value
-held as a Python float comes back exactly; NaN and infinity are refused in both directions.
+(`trace.json: images[2][5].sigma must be a number, got 'x'`). Numbers are written with `repr`, so a
+float32 value held as a Python float comes back exactly; NaN and infinity are refused in both
+directions.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, NoReturn
 
 
 class Fields:
-    """One JSON object that knows where it came from. Accessors check kind and range and raise `ValueError`."""
+    """One JSON object that knows where it came from. Accessors check and raise `ValueError`."""
 
     def __init__(self, data: object, file: str, where: str = "") -> None:
         self.file, self.where = file, where
@@ -64,8 +65,12 @@ class Fields:
     def number(self, name: str, low: float = -math.inf, high: float = math.inf) -> float:
         return self._number(name, self.get(name), low, high)
 
-    def numbers(self, name: str, low: float = -math.inf, high: float = math.inf) -> tuple[float, ...]:
-        return tuple(self._number(f"{name}[{i}]", x, low, high) for i, x in enumerate(self.array(name)))
+    def numbers(
+        self, name: str, low: float = -math.inf, high: float = math.inf
+    ) -> tuple[float, ...]:
+        return tuple(
+            self._number(f"{name}[{i}]", x, low, high) for i, x in enumerate(self.array(name))
+        )
 
     def pairs(self, name: str) -> tuple[tuple[float, float], ...]:
         """A list of `[x, y]`."""
@@ -82,10 +87,10 @@ class Fields:
             self.fail(name, "be a list", value)
         return value
 
-    def object(self, name: str) -> Fields:
+    def child(self, name: str) -> Fields:
         return Fields(self.get(name), self.file, ".".join(p for p in (self.where, name) if p))
 
-    def objects(self, name: str) -> Iterator[Fields]:
+    def children(self, name: str) -> Iterator[Fields]:
         for i, item in enumerate(self.array(name)):
             yield Fields(item, self.file, ".".join(p for p in (self.where, f"{name}[{i}]") if p))
 
@@ -103,7 +108,10 @@ def _refuse_constant(text: str) -> NoReturn:
 
 
 def parse_fields(text: str, file: str, *, kind: str, version: int) -> Fields:
-    """Parse one versioned document. Raises `ValueError` naming `file` if it is corrupt, foreign or of another version."""
+    """Parse one versioned document.
+
+    Raises `ValueError` naming `file` if it is corrupt, foreign or of another version.
+    """
     try:
         data = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:

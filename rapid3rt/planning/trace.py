@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trace: every decision of a run, per image and tick, as plain data that JSON carries without loss.
+"""The trace: every decision of a run, per image and tick, as data that JSON carries without loss.
 
-It lies below policies and runtime, because both read it: the runtime writes one, `replay` walks one, the report shows
-one. Values that were float32 on the device are held as Python floats and come back bit for bit.
+It lies below policies and runtime, because both read it: the runtime writes one, `replay` walks
+one, the report shows one. Values that were float32 on the device are held as Python floats and come
+back bit for bit.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ def package_version() -> str:
 class TraceTick:
     """What one image did in one tick.
 
-    sigma, next_sigma: float32 values. action: COMPUTE, REUSE, ... (a name in JSON). level: sparsity level, 0 dense.
-    order: 1 Euler, 2 Adams-Bashforth. density: fraction of key blocks kept (1 dense, 0 when nothing was computed).
-    cost: in equivalent steps.
+    sigma, next_sigma: float32 values. action: COMPUTE, REUSE, ... (a name in JSON). level: sparsity
+    level, 0 dense. order: 1 Euler, 2 Adams-Bashforth. density: fraction of key blocks kept (1
+    dense, 0 when nothing was computed). cost: in equivalent steps.
     """
 
     sigma: float
@@ -64,11 +65,12 @@ class TraceTick:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
-    """One call of the pipeline. `images[i]` holds image i's ticks until it was done; a done tick is absent.
+    """One call of the pipeline. `images[i]` holds image i's ticks until it was done.
 
-    sigmas: the run's own grid (that of `grid_steps` where a policy asked for one), the last 0. ticks: iterations of the
-    pipeline's loop. block_q, block_kv: tile sizes of the sparse kernel, None where nothing was sparse. tick_ms: wall
-    time of each tick, None when it was not measured. interrupted: the user stopped the run; images may stand above 0.
+    sigmas: the run's own grid (that of `grid_steps` where a policy asked for one), the last 0.
+    ticks: iterations of the pipeline's loop. block_q, block_kv: tile sizes of the sparse kernel,
+    None where nothing was sparse. tick_ms: wall time of each tick, None when it was not measured.
+    interrupted: the user stopped the run; images may stand above 0.
     """
 
     model: str
@@ -127,13 +129,13 @@ class Trace:
     @classmethod
     def _from_fields(cls, fields: Fields) -> Trace:
         ticks = fields.integer("ticks", 1)
-        costs = fields.object("costs")
+        costs = fields.child("costs")
         trace = cls(
             model=fields.text("model"),
             family=fields.text("family"),
             ticks=ticks,
             sigmas=fields.numbers("sigmas", 0.0),
-            images=tuple(_read_image(image, ticks) for image in fields.objects("images")),
+            images=tuple(_read_image(image, ticks) for image in fields.children("images")),
             policy=fields.text("policy"),
             grid_steps=fields.optional_integer("grid_steps", 1),
             budget=fields.optional_integer("budget", 1),
@@ -153,12 +155,16 @@ class Trace:
 
 
 def _read_image(image: Fields, ticks: int) -> tuple[TraceTick, ...]:
-    entries = tuple(TraceTick.from_fields(tick) for tick in image.objects("ticks"))
+    entries = tuple(TraceTick.from_fields(tick) for tick in image.children("ticks"))
     if len(entries) > ticks:
         image.fail("ticks", f"have at most {ticks} entries", len(entries))
     for i, (before, after) in enumerate(zip(entries, entries[1:], strict=False)):
         if before.next_sigma != after.sigma:
-            image.fail(f"ticks[{i + 1}].sigma", f"be the sigma it was sent to, {before.next_sigma!r}", after.sigma)
+            image.fail(
+                f"ticks[{i + 1}].sigma",
+                f"be the sigma it was sent to, {before.next_sigma!r}",
+                after.sigma,
+            )
     return entries
 
 

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`replay:FILE`: take every decision of a saved trace again, bit for bit."""
+
+from __future__ import annotations
+
+import torch
+
+from rapid3rt.planning.trace import Trace
+from rapid3rt.types import COMPUTE, EULER, ComputeDecision, DenoiseState, Run, StepDecision
+
+
+class Replay:
+    """The decisions of a trace. Raises `ValueError` for one that was interrupted: it has no end."""
+
+    def __init__(self, trace: Trace, *, name: str = "replay") -> None:
+        if trace.interrupted:
+            msg = f"{name} must be of a finished run, got a trace that was interrupted"
+            raise ValueError(msg)
+        self.trace, self.name = trace, name
+        self.grid_steps = trace.grid_steps
+        self.leaves_grid = _leaves_grid(trace)
+        self._actions = torch.empty(0)
+        self._levels = torch.empty(0)
+        self._next = torch.empty(0)
+        self._orders = torch.empty(0)
+
+    def begin(self, run: Run) -> None:
+        """Raises `ValueError` naming everything in which the run differs from the traced one."""
+        differences = _differences(self.trace, run)
+        if differences:
+            msg = f"{self.name} must be of the same run, got another: {'; '.join(differences)}"
+            raise ValueError(msg)
+        images = self.trace.images
+        table = [
+            [ticks[t] if t < len(ticks) else None for ticks in images]
+            for t in range(max(map(len, images)))
+        ]
+
+        def stack(values: list[list[float]], dtype: torch.dtype) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype, device=run.device)
+
+        # Entries of finished images are ignored, so any valid value pads them.
+        self._actions = stack(
+            [[t.action if t else COMPUTE for t in row] for row in table], torch.int8
+        )
+        self._levels = stack([[t.level if t else 0 for t in row] for row in table], torch.int32)
+        self._next = stack(
+            [[t.next_sigma if t else 0.0 for t in row] for row in table], torch.float32
+        )
+        self._orders = stack([[t.order if t else EULER for t in row] for row in table], torch.int8)
+
+    def decide_compute(self, state: DenoiseState) -> ComputeDecision:
+        row = self._row(state)
+        return ComputeDecision(action=self._actions[row], sparsity=self._levels[row])
+
+    def decide_step(self, state: DenoiseState, velocity: torch.Tensor) -> StepDecision:  # noqa: ARG002
+        row = self._row(state)
+        return StepDecision(next_sigma=self._next[row], order=self._orders[row])
+
+    def _row(self, state: DenoiseState) -> int:
+        return min(state.tick, len(self._next) - 1)
+
+
+def _leaves_grid(trace: Trace) -> bool:
+    """Whether any image stepped elsewhere than to the next point of the run's grid."""
+    grid = trace.sigmas[1:]
+    return any(
+        len(ticks) > len(grid) or any(tick.next_sigma != grid[t] for t, tick in enumerate(ticks))
+        for ticks in trace.images
+    )
+
+
+def _differences(trace: Trace, run: Run) -> list[str]:
+    block = (
+        None if trace.block_q is None or trace.block_kv is None else (trace.block_q, trace.block_kv)
+    )
+    pairs: list[tuple[str, object, object]] = [
+        ("family", trace.family, run.family),
+        ("images", len(trace.images), run.images),
+        ("ticks", trace.ticks, run.ticks),
+    ]
+    if run.model is not None:
+        pairs.append(("model", trace.model, run.model))
+    if run.block_size is not None and block is not None:
+        pairs.append(("block size", block, run.block_size))
+    differing = [
+        f"{name} {old!r} in the trace, {new!r} in the run" for name, old, new in pairs if old != new
+    ]
+    if not differing and trace.sigmas != run.sigmas:
+        differing.append("the grid of sigmas (another shift, size or strength)")
+    return differing

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schedule files and the policies that walk them: a fixed list of ticks, or a family for every k.
+
+A file is JSON, `"format": "rapid3rt.schedule"`, `"version": 1`, and of one of two kinds.
+
+`fixed`: `family` (model family), `num_ticks`, `ticks` (a list of `{sigma, action, level, order}`:
+sigma is where the tick starts; it steps to the sigma of the next entry, the last one to 0),
+`provenance` (free object).
+
+`family`: `family`, `num_ticks` and `shift` (the run it was searched on), `order` (1 or 2), `knots`
+(interior `[u, w]` of a monotone warp w; phi*(u) = phi(w(u)) and the grid of k evaluations is phi*(1
+- j / k)), `error_profile` (null, or `[u, value]` for `controller`: the mean over images of
+`controller.local_error`), `provenance`.
+
+Anything else is one `ValueError` that names file and field.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rapid3rt.planning.jsonfile import Fields, read_fields, write_document
+from rapid3rt.policies.base import (
+    Warp,
+    check_family,
+    compute_all,
+    device_list,
+    next_from_list,
+    planned_evaluations,
+    round_float32,
+    shift_sigma,
+    step_to,
+    trimmed_sigmas,
+)
+from rapid3rt.types import ACTION_NAMES, COMPUTE, ComputeDecision, DenoiseState, Run, StepDecision
+
+FORMAT = "rapid3rt.schedule"
+VERSION = 1
+# A family keeps phi*(1 / T) above this: a last interval shorter than that wastes its evaluation
+# (METHOD.md, section 1).
+SMALLEST_LAST_SIGMA = 0.02
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleTick:
+    """One tick of a fixed schedule. sigma: where it starts. level: sparsity, 0 dense."""
+
+    sigma: float
+    action: int = COMPUTE
+    level: int = 0
+    order: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FixedPlan:
+    """What a file of kind `fixed` holds."""
+
+    family: str
+    ticks: tuple[ScheduleTick, ...]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WarpFamily:
+    """What a file of kind `family` holds; see the module for the fields."""
+
+    family: str
+    num_ticks: int
+    shift: float
+    order: int
+    knots: tuple[tuple[float, float], ...]
+    error_profile: tuple[tuple[float, float], ...] | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+def save_schedule(schedule: FixedPlan | WarpFamily, path: str | os.PathLike[str]) -> None:
+    """Write a schedule file, atomically. Raises `ValueError` where `load_schedule` would."""
+    header: dict[str, Any] = {"format": FORMAT, "version": VERSION, "family": schedule.family}
+    if isinstance(schedule, FixedPlan):
+        body: dict[str, Any] = {
+            "kind": "fixed",
+            "num_ticks": len(schedule.ticks),
+            "ticks": [
+                {
+                    "sigma": t.sigma,
+                    "action": ACTION_NAMES[t.action],
+                    "level": t.level,
+                    "order": t.order,
+                }
+                for t in schedule.ticks
+            ],
+        }
+    else:
+        profile = schedule.error_profile
+        body = {
+            "kind": "family",
+            "num_ticks": schedule.num_ticks,
+            "shift": schedule.shift,
+            "order": schedule.order,
+            "knots": [list(pair) for pair in schedule.knots],
+            "error_profile": None if profile is None else [list(pair) for pair in profile],
+        }
+    document = {**header, **body, "provenance": dict(schedule.provenance)}
+    _read(Fields(document, str(path)))
+    write_document(path, document)
+
+
+def load_schedule(path: str | os.PathLike[str]) -> FixedPlan | WarpFamily:
+    """Read a schedule file. Raises `ValueError` naming file and field."""
+    return _read(read_fields(path, kind=FORMAT, version=VERSION))
+
+
+def _read(fields: Fields) -> FixedPlan | WarpFamily:
+    fixed = fields.text("kind", ("fixed", "family")) == "fixed"
+    return _read_fixed(fields) if fixed else _read_family(fields)
+
+
+def _read_fixed(fields: Fields) -> FixedPlan:
+    ticks = tuple(
+        ScheduleTick(
+            sigma=entry.number("sigma", 0.0, 1.0),
+            action=ACTION_NAMES.index(entry.text("action", ACTION_NAMES)),
+            level=entry.integer("level", 0),
+            order=entry.integer("order", 1, 2),
+        )
+        for entry in fields.children("ticks")
+    )
+    if len(ticks) != fields.integer("num_ticks", 1):
+        fields.fail("ticks", f"have num_ticks = {fields.get('num_ticks')} entries", len(ticks))
+    if ticks[0].action != COMPUTE:
+        fields.fail(
+            "ticks[0].action",
+            "be compute (there is nothing to reuse yet)",
+            ACTION_NAMES[ticks[0].action],
+        )
+    sigmas = [*round_float32([tick.sigma for tick in ticks]), 0.0]
+    for i, (here, after) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+        if not here > after:
+            fields.fail(f"ticks[{i}].sigma", f"be above the next one, {after:g}", here)
+    return FixedPlan(
+        family=fields.text("family"), ticks=ticks, provenance=fields.child("provenance").data
+    )
+
+
+def _read_family(fields: Fields) -> WarpFamily:
+    knots = fields.pairs("knots")
+    points = ((0.0, 0.0), *knots, (1.0, 1.0))
+    if not all(a[0] < b[0] and a[1] < b[1] for a, b in zip(points, points[1:], strict=False)):
+        fields.fail("knots", "rise strictly in u and in w inside (0, 1)", knots)
+    shift = fields.number("shift")
+    if shift <= 0:
+        fields.fail("shift", "be above 0", shift)
+    num_ticks = fields.integer("num_ticks", 1)
+    last = shift_sigma(Warp(knots)(1 / num_ticks), shift)
+    if last < SMALLEST_LAST_SIGMA:
+        fields.fail(
+            "knots", f"keep phi*(1 / num_ticks) at {SMALLEST_LAST_SIGMA} or above", round(last, 6)
+        )
+    return WarpFamily(
+        family=fields.text("family"),
+        num_ticks=num_ticks,
+        shift=shift,
+        order=fields.integer("order", 1, 2),
+        knots=knots,
+        error_profile=_read_profile(fields),
+        provenance=fields.child("provenance").data,
+    )
+
+
+def _read_profile(fields: Fields) -> tuple[tuple[float, float], ...] | None:
+    if fields.get("error_profile") is None:
+        return None
+    profile = fields.pairs("error_profile")
+    rising = all(a[0] < b[0] for a, b in zip(profile, profile[1:], strict=False))
+    inside = all(0 <= u <= 1 and value > 0 for u, value in profile)
+    if len(profile) < 2 or not rising or not inside:
+        fields.fail(
+            "error_profile",
+            "be null or at least two [u, value], u rising in 0..1, value above 0",
+            profile,
+        )
+    return profile
+
+
+class FixedSchedule:
+    """Every image walks the same list of ticks: its sigmas, actions, sparsity levels and orders."""
+
+    leaves_grid = True
+
+    def __init__(self, plan: FixedPlan, *, name: str = "schedule") -> None:
+        self.plan, self.name = plan, name
+        self._sigmas: torch.Tensor | None = None
+
+    def begin(self, run: Run) -> None:
+        """Raises `ValueError` if the run is of another family, too short or starts elsewhere."""
+        ticks = self.plan.ticks
+        check_family(self.plan.family, run, self.name)
+        if len(ticks) > run.ticks:
+            msg = f"{self.name} must have at most the run's {run.ticks} ticks, got {len(ticks)}"
+            raise ValueError(msg)
+        if abs(ticks[0].sigma - run.sigmas[0]) > 1e-4:
+            start = run.sigmas[0]
+            msg = f"{self.name} must start at the run's sigma {start:g}, got {ticks[0].sigma:g}"
+            raise ValueError(msg)
+        self._sigmas = device_list([*(tick.sigma for tick in ticks), 0.0], run)
+
+    def decide_compute(self, state: DenoiseState) -> ComputeDecision:
+        tick = self._now(state)
+        return ComputeDecision(
+            action=torch.full_like(state.nfe, tick.action, dtype=torch.int8),
+            sparsity=torch.full_like(state.nfe, tick.level, dtype=torch.int32),
+        )
+
+    def decide_step(self, state: DenoiseState, velocity: torch.Tensor) -> StepDecision:  # noqa: ARG002
+        assert self._sigmas is not None
+        return step_to(next_from_list(self._sigmas, state.step), self._now(state).order)
+
+    def _now(self, state: DenoiseState) -> ScheduleTick:
+        # All images stand at the same entry, so the host tick is the index; past the end they are
+        # done.
+        return self.plan.ticks[min(state.tick, len(self.plan.ticks) - 1)]
+
+
+class ScheduleFamily:
+    """Every image takes k computed steps on phi*(1 - j / k), at the order searched with it.
+
+    k is the smallest of the budget, floor(ticks / speed) and the run's ticks.
+    """
+
+    leaves_grid = True
+
+    def __init__(
+        self,
+        family: WarpFamily,
+        *,
+        name: str = "schedule",
+        budget: int | None = None,
+        speed: float | None = None,
+    ) -> None:
+        self.family, self.name, self.budget, self.speed = family, name, budget, speed
+        self._sigmas: torch.Tensor | None = None
+
+    def begin(self, run: Run) -> None:
+        """Raises `ValueError` if the run is of another model family."""
+        check_family(self.family.family, run, self.name)
+        k = planned_evaluations(run, self.budget, self.speed)
+        self._sigmas = device_list(trimmed_sigmas(k, run, Warp(self.family.knots)), run)
+
+    def decide_compute(self, state: DenoiseState) -> ComputeDecision:
+        return compute_all(state)
+
+    def decide_step(self, state: DenoiseState, velocity: torch.Tensor) -> StepDecision:  # noqa: ARG002
+        assert self._sigmas is not None
+        return step_to(next_from_list(self._sigmas, state.step), self.family.order)
+
+
+def schedule_policy(path: str | os.PathLike[str]) -> FixedSchedule | ScheduleFamily:
+    """The policy of a schedule file."""
+    schedule, name = load_schedule(path), f"schedule:{Path(path).name}"
+    if isinstance(schedule, FixedPlan):
+        return FixedSchedule(schedule, name=name)
+    return ScheduleFamily(schedule, name=name)
