@@ -137,7 +137,7 @@ def read_fields(path: str | os.PathLike[str], *, kind: str, version: int) -> Fie
 
 
 def write_document(path: str | os.PathLike[str], document: Mapping[str, Any]) -> None:
-    """Write JSON atomically: a reader sees the old file or the whole new one, also after a crash."""
+    """Write JSON atomically: a reader sees the old file or the whole new one, even in a crash."""
     target = Path(path)
     text = json.dumps(document, indent=1, allow_nan=False) + "\n"
     target.parent.mkdir(parents=True, exist_ok=True)

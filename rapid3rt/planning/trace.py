@@ -8,6 +8,7 @@ back bit for bit.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -118,12 +119,12 @@ class Trace:
 
     @classmethod
     def from_json(cls, text: str, file: str = "trace") -> Trace:
-        """Read what `to_json` wrote. Raises `ValueError` naming `file` and the field that is wrong."""
+        """Read what `to_json` wrote. Raises `ValueError` naming `file` and the wrong field."""
         return cls._from_fields(parse_fields(text, file, kind=FORMAT, version=VERSION))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trace:
-        """Read a saved trace. Raises `ValueError` naming the file and the field that is wrong."""
+        """Read a saved trace. Raises `ValueError` naming the file and the wrong field."""
         return cls._from_fields(read_fields(path, kind=FORMAT, version=VERSION))
 
     @classmethod
@@ -158,7 +159,7 @@ def _read_image(image: Fields, ticks: int) -> tuple[TraceTick, ...]:
     entries = tuple(TraceTick.from_fields(tick) for tick in image.children("ticks"))
     if len(entries) > ticks:
         image.fail("ticks", f"have at most {ticks} entries", len(entries))
-    for i, (before, after) in enumerate(zip(entries, entries[1:], strict=False)):
+    for i, (before, after) in enumerate(itertools.pairwise(entries)):
         if before.next_sigma != after.sigma:
             image.fail(
                 f"ticks[{i + 1}].sigma",

@@ -8,6 +8,7 @@ stays on the device and nothing is read back. Shape letter: B images.
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from array import array
 from collections.abc import Callable, Sequence
@@ -43,7 +44,7 @@ class Warp:
     def __init__(self, knots: Sequence[tuple[float, float]] = ()) -> None:
         self.knots = tuple((float(u), float(w)) for u, w in knots)
         points = ((0.0, 0.0), *self.knots, (1.0, 1.0))
-        if not all(a[0] < b[0] and a[1] < b[1] for a, b in zip(points, points[1:], strict=False)):
+        if not all(a[0] < b[0] and a[1] < b[1] for a, b in itertools.pairwise(points)):
             msg = f"knots must rise strictly in u and w inside (0, 1), got {self.knots}"
             raise ValueError(msg)
         self._x = [u for u, _ in points]
@@ -77,7 +78,7 @@ class Warp:
 
 def _pchip_slopes(x: list[float], y: list[float]) -> list[float]:
     """Slopes of Fritsch and Butland: a weighted harmonic mean inside, limited at the ends."""
-    h = [b - a for a, b in zip(x, x[1:], strict=False)]
+    h = [b - a for a, b in itertools.pairwise(x)]
     d = [(b - a) / step for a, b, step in zip(y, y[1:], h, strict=False)]
     if len(d) == 1:
         return [d[0], d[0]]

@@ -140,10 +140,7 @@ class Controller:
         )
         mean = interpolate((past.u + u) / 2, self._u_table, self._profile_table)
         hardness = (error.clamp(min=_TINY) / mean).log()
-        if state.computes is None:
-            fresh = torch.ones_like(state.done)
-        else:
-            fresh = state.computes
+        fresh = torch.ones_like(state.done) if state.computes is None else state.computes
         return _Past(
             velocity=torch.where(fresh[:, None, None, None], velocity, past.velocity),
             sigma=torch.where(fresh, state.sigma, past.sigma),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Policies that decide nothing: `dense` (the plain pipeline) and `steps:K` (fewer steps for all)."""
+"""Policies that decide nothing: `dense`, the plain pipeline, and `steps:K`, fewer steps for all."""
 
 from __future__ import annotations
 

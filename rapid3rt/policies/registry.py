@@ -79,7 +79,8 @@ def _order(options: set[str]) -> int:
 def _steps(argument: str) -> Policy:
     value, options = _options("steps", argument, ("trim", "ab2"))
     if not (value.isascii() and value.isdigit()):
-        raise _malformed("steps", f"steps:{argument}")
+        msg = "steps"
+        raise _malformed(msg, f"steps:{argument}")
     return Steps(int(value), trim="trim" in options, order=_order(options))
 
 

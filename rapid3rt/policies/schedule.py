@@ -17,6 +17,7 @@ Anything else is one `ValueError` that names file and field.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -140,7 +141,7 @@ def _read_fixed(fields: Fields) -> FixedPlan:
             ACTION_NAMES[ticks[0].action],
         )
     sigmas = [*round_float32([tick.sigma for tick in ticks]), 0.0]
-    for i, (here, after) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+    for i, (here, after) in enumerate(itertools.pairwise(sigmas)):
         if not here > after:
             fields.fail(f"ticks[{i}].sigma", f"be above the next one, {after:g}", here)
     return FixedPlan(
@@ -151,7 +152,7 @@ def _read_fixed(fields: Fields) -> FixedPlan:
 def _read_family(fields: Fields) -> WarpFamily:
     knots = fields.pairs("knots")
     points = ((0.0, 0.0), *knots, (1.0, 1.0))
-    if not all(a[0] < b[0] and a[1] < b[1] for a, b in zip(points, points[1:], strict=False)):
+    if not all(a[0] < b[0] and a[1] < b[1] for a, b in itertools.pairwise(points)):
         fields.fail("knots", "rise strictly in u and in w inside (0, 1)", knots)
     shift = fields.number("shift")
     if shift <= 0:
@@ -177,7 +178,7 @@ def _read_profile(fields: Fields) -> tuple[tuple[float, float], ...] | None:
     if fields.get("error_profile") is None:
         return None
     profile = fields.pairs("error_profile")
-    rising = all(a[0] < b[0] for a, b in zip(profile, profile[1:], strict=False))
+    rising = all(a[0] < b[0] for a, b in itertools.pairwise(profile))
     inside = all(0 <= u <= 1 and value > 0 for u, value in profile)
     if len(profile) < 2 or not rising or not inside:
         fields.fail(
