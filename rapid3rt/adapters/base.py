@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the runtime must know of a transformer family. One file per family implements `Adapter`.
+
+Shape letters: B images, R rows (image x guidance branch), A active rows, I image tokens, T text tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embedded:
+    """Rows after the model's own embedders. image: `[A, I, D]`. temb: `[A, D]`."""
+
+    image: torch.Tensor
+    temb: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SparseRows:
+    """How attention of one call is sparse: the first `num_dense` rows are dense, then one level per row."""
+
+    num_dense: int
+    levels: tuple[int, ...]
+    block: int
+    backend: str | None
+
+
+class Adapter(Protocol):
+    """One transformer family: where its tensors live, and its loop over blocks."""
+
+    family: str
+
+    def supports(self, transformer: Any) -> bool:
+        """Whether this adapter serves the class of a transformer."""
+
+    def branches(self, pipe: Any, call: int, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+        """Name the guidance branches of the call-th transformer call of a tick. UnsupportedError for unknown layouts."""
+
+    def refuse(self, kwargs: Mapping[str, Any]) -> None:
+        """Raise UnsupportedError for arguments that this version cannot serve."""
+
+    def observe(self, kwargs: Mapping[str, Any], images: int) -> torch.Tensor:
+        """The noise latents of the batch: `[B, C, h, w]`, a view."""
+
+    def resolution(self, transformer: Any, kwargs: Mapping[str, Any]) -> tuple[int, int]:
+        """Image tokens as (rows, columns)."""
+
+    def embed(
+        self, transformer: Any, kwargs: Mapping[str, Any], timestep: torch.Tensor, rows: torch.Tensor | None
+    ) -> Embedded:
+        """Embed some rows (None: all). timestep: float32 `[A]` in the scheduler's units."""
+
+    def run_blocks(
+        self, transformer: Any, kwargs: Mapping[str, Any], embedded: Embedded, rows: torch.Tensor | None,
+        timestep: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """The block stack on rows that `embedded` holds: `[A, I, D]`."""
+
+    def finish(self, transformer: Any, kwargs: Mapping[str, Any], hidden: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """Final norm and projection: `[A, C, h, w]`."""
+
+    def sparse_attention(self, transformer: Any, rows: SparseRows) -> AbstractContextManager[None]:
+        """Exchange the stock attention processors while the context is open. UnsupportedError if none is stock."""

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stable Diffusion 3 and 3.5: image tokens first, text after; dual attention and qk norm live inside the blocks.
+
+The loop calls the diffusers blocks as they are, so LoRA, quantised linears and regional compilation keep working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import SD3Transformer2DModel
+from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
+
+from rapid3rt import ops
+from rapid3rt.adapters.base import Embedded, SparseRows
+from rapid3rt.errors import UnsupportedError
+from rapid3rt.planning import sparsity
+
+
+class SD3Adapter:
+    """Adapter of `SD3Transformer2DModel`."""
+
+    family = "sd3"
+
+    def supports(self, transformer: Any) -> bool:
+        """Whether the transformer is an SD3 one."""
+        return isinstance(transformer, SD3Transformer2DModel)
+
+    def branches(self, pipe: Any, call: int, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+        """Call 0: uncond and cond in one batch, or cond alone; call 1: skip-layer guidance, conditional rows."""
+        skip_layers = kwargs.get("skip_layers")
+        if call == 0 and skip_layers is None:
+            return ("uncond", "cond") if pipe.do_classifier_free_guidance else ("cond",)
+        if call == 1 and skip_layers is not None:
+            return (f"skip:{','.join(map(str, skip_layers))}",)
+        raise UnsupportedError(
+            f"transformer call {call} of a tick (skip_layers={skip_layers}) has a guidance layout that is not known; "
+            "use rapid3rt.restore(pipe) for this pipeline"
+        )
+
+    def refuse(self, kwargs: Mapping[str, Any]) -> None:
+        """ControlNet residuals belong to the pipeline's timestep, not to each image's own."""
+        if kwargs.get("block_controlnet_hidden_states") is not None:
+            raise UnsupportedError("ControlNet is not supported yet: call rapid3rt.restore(pipe) first")
+
+    def observe(self, kwargs: Mapping[str, Any], images: int) -> torch.Tensor:
+        """The last branch's latents; all branches hold the same."""
+        hidden: torch.Tensor = kwargs["hidden_states"]
+        return hidden[-images:]
+
+    def resolution(self, transformer: Any, kwargs: Mapping[str, Any]) -> tuple[int, int]:
+        """Latent size over patch size."""
+        patch = transformer.config.patch_size
+        height, width = kwargs["hidden_states"].shape[-2:]
+        return height // patch, width // patch
+
+    def embed(
+        self, transformer: Any, kwargs: Mapping[str, Any], timestep: torch.Tensor, rows: torch.Tensor | None
+    ) -> Embedded:
+        """Patch embedding with positions; modulation embedding from time and pooled text."""
+        hidden, pooled = (_take(kwargs[name], rows) for name in ("hidden_states", "pooled_projections"))
+        # PatchEmbed returns a transposed view; the model makes it contiguous before its first block, so must we.
+        return Embedded(
+            image=transformer.pos_embed(hidden).contiguous(), temb=transformer.time_text_embed(timestep, pooled)
+        )
+
+    def run_blocks(
+        self, transformer: Any, kwargs: Mapping[str, Any], embedded: Embedded, rows: torch.Tensor | None,
+        timestep: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """All joint blocks but those of `skip_layers`."""
+        image, text = embedded.image, transformer.context_embedder(_take(kwargs["encoder_hidden_states"], rows))
+        attention_kwargs = kwargs.get("joint_attention_kwargs")
+        if attention_kwargs is not None and "ip_adapter_image_embeds" in attention_kwargs:
+            attention_kwargs = dict(attention_kwargs)
+            embeds = attention_kwargs.pop("ip_adapter_image_embeds")
+            tokens, ip_temb = transformer.image_proj(_take_nested(embeds, rows), timestep)
+            attention_kwargs |= {"ip_hidden_states": tokens, "temb": ip_temb}
+        skip_layers = kwargs.get("skip_layers") or ()
+        for i, block in enumerate(transformer.transformer_blocks):
+            if i not in skip_layers:
+                text, image = block(
+                    hidden_states=image,
+                    encoder_hidden_states=text,
+                    temb=embedded.temb,
+                    joint_attention_kwargs=attention_kwargs,
+                )
+        return image
+
+    def finish(self, transformer: Any, kwargs: Mapping[str, Any], hidden: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """norm_out, proj_out, then patches back to the latent grid."""
+        hidden = transformer.proj_out(transformer.norm_out(hidden, temb))
+        patch, channels = transformer.config.patch_size, transformer.out_channels
+        height, width = self.resolution(transformer, kwargs)
+        hidden = hidden.reshape(len(hidden), height, width, patch, patch, channels)
+        hidden = torch.einsum("nhwpqc->nchpwq", hidden)
+        return hidden.reshape(len(hidden), channels, height * patch, width * patch)
+
+    @contextmanager
+    def sparse_attention(self, transformer: Any, rows: SparseRows) -> Iterator[None]:
+        """Put our processor where the stock one sits. Caller holds the transformer's lock."""
+        exchanged = [
+            (module, module.processor)
+            for block in transformer.transformer_blocks
+            for module in (block.attn, getattr(block, "attn2", None))
+            if module is not None and type(module.processor) is JointAttnProcessor2_0
+        ]
+        if not exchanged:
+            raise UnsupportedError("no attention processor of this transformer is the stock one")
+        processor = _SparseJointProcessor(rows)
+        try:
+            for module, _ in exchanged:
+                module.processor = processor
+            yield
+        finally:
+            for module, stock in exchanged:
+                module.processor = stock
+
+
+class _SparseJointProcessor:
+    """Joint attention whose first rows are dense through the model's own call and whose other rows are block-sparse."""
+
+    def __init__(self, rows: SparseRows) -> None:
+        self._rows = rows
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Same projections and order of tokens as the stock processor (image, then text)."""
+        del attention_mask  # the stock processor ignores it too
+        q, k, v = (_heads(attn, p(hidden_states)) for p in (attn.to_q, attn.to_k, attn.to_v))
+        q, k = _norm(attn.norm_q, q), _norm(attn.norm_k, k)
+        num_image = hidden_states.shape[1]
+        if encoder_hidden_states is not None:
+            projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            text_q, text_k, text_v = (_heads(attn, p(encoder_hidden_states)) for p in projections)
+            text_q, text_k = _norm(attn.norm_added_q, text_q), _norm(attn.norm_added_k, text_k)
+            q, k, v = (torch.cat(pair, dim=2) for pair in ((q, text_q), (k, text_k), (v, text_v)))
+        out = self._attend(q, k, v, num_image).transpose(1, 2).flatten(2).to(q.dtype)
+        image, text = out[:, :num_image], out[:, num_image:]
+        if encoder_hidden_states is not None and not attn.context_pre_only:
+            text = attn.to_add_out(text)
+        image = attn.to_out[1](attn.to_out[0](image))
+        return image if encoder_hidden_states is None else (image, text)
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_image: int) -> torch.Tensor:
+        rows, dense, block = self._rows, self._rows.num_dense, self._rows.block
+        parts = []
+        if dense:
+            parts.append(F.scaled_dot_product_attention(q[:dense], k[:dense], v[:dense]))
+        q, k, v = q[dense:], k[dense:], v[dense:]
+        image_blocks = num_image // block
+        keep = [sparsity.kept_blocks(level, image_blocks) for level in rows.levels[dense:]]
+        keep_rows = torch.tensor(keep, dtype=torch.int32, device=q.device)
+        scale = q.shape[-1] ** -0.5
+        num_text = q.shape[2] - num_image
+        mode, count, index, order = ops.build_block_lists(
+            q, k, keep_rows, num_image, num_text, block, block, scale, backend=rows.backend
+        )
+        out, _ = ops.block_sparse_attention(
+            q, k, v, mode, count, index, order, None, block, block, scale, backend=rows.backend
+        )
+        return torch.cat([*parts, out]) if parts else out
+
+
+def _heads(attn: Attention, x: torch.Tensor) -> torch.Tensor:
+    """`[R, N, H K]` to `[R, H, N, K]`, a view."""
+    return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+
+def _norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    return x if norm is None else norm(x)
+
+
+def _take(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    return x if rows is None else x.index_select(0, rows)
+
+
+def _take_nested(x: Any, rows: torch.Tensor | None) -> Any:
+    if isinstance(x, torch.Tensor):
+        return _take(x, rows)
+    return type(x)(_take_nested(item, rows) for item in x)

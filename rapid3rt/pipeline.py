@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""accelerate, restore, report, check: the only place that wires adapters, policies and the session together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rapid3rt import ops
+from rapid3rt.adapters import ADAPTERS, Adapter
+from rapid3rt.errors import StateError, UnsupportedError
+from rapid3rt.policies import parse
+from rapid3rt.policies.budget import with_budget, with_speed
+from rapid3rt.policies.fixed import Dense, Steps
+from rapid3rt.policies.folder import PolicyFolder
+from rapid3rt.policies.schedule import ScheduleFamily
+from rapid3rt.runtime.executor import Executor
+from rapid3rt.runtime.report import Report
+from rapid3rt.runtime.session import Choice, Session
+from rapid3rt.runtime.twins import make_scheduler_twin, make_transformer_twin
+from rapid3rt.runtime.twins.base import session_of
+from rapid3rt.runtime.twins.scheduler import check_scheduler
+from rapid3rt.types import ActionCosts, Policy
+
+BUNDLED_POLICIES = Path(__file__).parent / "tiny" / "assets"
+DEFAULT_SPEED = 2.5
+_SMALL_BLOCK, _BLOCK = 32, 64
+_SMALL_MODEL_TOKENS = 1024
+
+
+def accelerate(
+    pipe: Any,
+    policy: str | Policy = "auto",
+    *,
+    budget: int | None = None,
+    speed: float | None = None,
+    attention: str = "exact",
+    backend: str | None = None,
+) -> Any:
+    """Let a policy decide, for every image of every batch of this pipeline, what to compute.
+
+    Swaps the transformer and the scheduler of this pipeline object for twins; the call of the pipeline does not change.
+
+    Parameters
+    ----------
+    pipe: a diffusers pipeline with a supported transformer and a FlowMatch Euler scheduler.
+    policy: a `Policy`, "auto", "dense", "steps:K[/trim][/ab2]", "threshold:X", "controller:X", "schedule:FILE",
+        "replay:FILE", or the folder (or hub id) of a calibrated policy.
+    budget: hard cap on the evaluations of every image, 1 to the run's steps.
+    speed: asks for steps / speed evaluations, at least 1. At most one of budget and speed.
+    attention: "exact" keeps dense rows on the model's own attention; "fast" sends every row to the sparse kernel.
+    backend: kernels to use, as in `rapid3rt.ops`; None chooses.
+
+    Returns
+    -------
+    The same pipeline object.
+
+    Raises
+    ------
+    ValueError: unknown policy, budget or speed out of range, or a combination that has no meaning.
+    UnsupportedError: a transformer, scheduler or component that cannot be served.
+    StateError: the pipeline is accelerated already.
+    """
+    if session_of(getattr(pipe, "transformer", None)) is not None:
+        raise StateError("pipe must not be accelerated already; call rapid3rt.restore(pipe) first")
+    adapter = _find_adapter(pipe)
+    check_scheduler(pipe.scheduler)
+    if attention not in ("exact", "fast"):
+        raise ValueError(f"attention must be 'exact' or 'fast', got {attention!r}")
+    ops.check_backend(backend)
+    _check_dial(budget, speed)
+    model = model_id(pipe.transformer)
+    source = _resolve(policy, model, adapter.family)
+    if budget is None and speed is None and source.wants_dial:
+        speed = DEFAULT_SPEED
+    _limit(source.policy, budget, speed)  # refuses meaningless combinations now, not at the first call
+    executor = Executor(adapter, _block_size(pipe.transformer), backend, attention == "exact")
+    choose = partial(_choose, source, budget, speed)
+    session = Session(pipe, adapter, executor, choose, source.costs, model)
+    real_transformer, real_scheduler = pipe.transformer, pipe.scheduler
+    scheduler = make_scheduler_twin(real_scheduler, session)
+    session.real = (real_transformer, real_scheduler)
+    pipe.transformer = make_transformer_twin(real_transformer, session)
+    pipe.scheduler = scheduler
+    return pipe
+
+
+def restore(pipe: Any) -> Any:
+    """Put the pipeline's own transformer and scheduler back. Raises StateError if it is not accelerated."""
+    session = _session(pipe)
+    pipe.transformer, pipe.scheduler = session.real
+    return pipe
+
+
+def report(pipe: Any) -> Report:
+    """What the last call of an accelerated pipeline did, per image. Raises StateError before the first call."""
+    return _session(pipe).report()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """Answer of `check`: plain sentences. supported: whether `accelerate` would work."""
+
+    supported: bool
+    lines: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+
+def check(pipe: Any) -> Check:
+    """Say in plain words what acceleration can do for this pipeline, without changing it."""
+    lines, supported = [], True
+    try:
+        adapter = _find_adapter(pipe)
+        lines.append(f"transformer: {type(pipe.transformer).__name__} ({adapter.family}), supported")
+    except UnsupportedError as error:
+        supported = False
+        lines.append(f"transformer: not supported: {error}")
+    try:
+        check_scheduler(pipe.scheduler)
+        lines.append(f"scheduler: {type(pipe.scheduler).__name__}, every image may have its own sigma")
+    except UnsupportedError as error:
+        supported = False
+        lines.append(f"scheduler: not supported: {error}")
+    if supported:
+        model = model_id(pipe.transformer)
+        bundled = _bundled(model)
+        name = bundled.name if bundled else "none bundled; run rapid3rt.calibrate(pipe, prompts, out=DIR) once"
+        lines.append(f"policy of model {model}: {name}")
+        lines.append(f"kernels: {ops.describe_backend()}")
+    return Check(supported=supported, lines=tuple(lines))
+
+
+def model_id(transformer: Any) -> str:
+    """Name of a transformer by its class and configuration: what traces and policy folders are made for."""
+    config = {k: v for k, v in dict(transformer.config).items() if not k.startswith("_")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+    return f"{type(transformer).__name__}-{digest[:8]}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """A policy before any run: what it is, what its actions cost, whether it needs a budget or speed to save work."""
+
+    policy: Policy
+    name: str
+    costs: ActionCosts
+    wants_dial: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def _resolve(policy: str | Policy, model: str, family: str) -> _Source:
+    if not isinstance(policy, str):
+        if not isinstance(policy, Policy):
+            raise ValueError(
+                "policy must be a name or have begin, decide_compute and decide_step, "
+                f"got {type(policy).__name__}"
+            )
+        return _Source(policy=policy, name=getattr(policy, "name", type(policy).__name__), costs=ActionCosts())
+    if policy == "auto":
+        return _automatic(model)
+    folder = _folder(policy)
+    if folder is None:
+        parsed = parse(policy)
+        bundled = _bundled(model)
+        costs = PolicyFolder.load(bundled).costs if bundled else ActionCosts()
+        return _Source(policy=parsed, name=policy, costs=costs)
+    loaded = PolicyFolder.load(folder)
+    if loaded.schedule.family != family:
+        raise ValueError(f"policy {policy!r} must be for a {family} model, got one for {loaded.schedule.family}")
+    notes = () if loaded.model == model else (f"the policy was calibrated on {loaded.model}, this model is {model}",)
+    schedule = ScheduleFamily(loaded.schedule, name=f"schedule family {folder.name}")
+    return _Source(policy=schedule, name=policy, costs=loaded.costs, wants_dial=True, notes=notes)
+
+
+def _automatic(model: str) -> _Source:
+    """The bundled policy of this model, else the best rule that needs no learning."""
+    bundled = _bundled(model)
+    if bundled is not None:
+        loaded = PolicyFolder.load(bundled)
+        schedule = ScheduleFamily(loaded.schedule, name="searched schedule family (bundled)")
+        return _Source(policy=schedule, name=schedule.name, costs=loaded.costs, wants_dial=True)
+    note = "no policy is bundled for this model: evenly spaced second-order steps; rapid3rt.calibrate does better"
+    return _Source(policy=_EvenSteps(), name="steps/trim/ab2", costs=ActionCosts(), wants_dial=True, notes=(note,))
+
+
+class _EvenSteps:
+    """Stands for `steps:k/trim/ab2` with k still open; `_limit` turns it into one."""
+
+    name = "steps/trim/ab2"
+    begin = decide_compute = decide_step = None
+
+
+def _choose(source: _Source, budget: int | None, speed: float | None, ticks: int) -> Choice:
+    """The policy of one run of so many ticks."""
+    if budget is not None and budget > ticks:
+        raise ValueError(f"budget must be 1 to {ticks} (the steps of this call), got {budget}")
+    notes = source.notes
+    cap = budget
+    if speed is not None and speed > 1:
+        cap = max(1, int(ticks / speed))
+        notes += (f"speed={speed:g} became budget={cap} of {ticks} steps: this policy has no calibration table",)
+    policy = _limit(source.policy, budget, speed, ticks)
+    if isinstance(policy, Policy) and policy is source.policy and speed is not None and speed == 1:
+        policy = Dense()
+    return Choice(policy=policy, name=source.name, budget=cap, notes=notes)
+
+
+def _limit(policy: Any, budget: int | None, speed: float | None, ticks: int | None = None) -> Policy:
+    """Fit a policy to a budget or speed. Raises ValueError where the combination has no meaning."""
+    if isinstance(policy, _EvenSteps):
+        if ticks is None:
+            return Dense()
+        if speed == 1 or budget == ticks:
+            return Dense()
+        k = budget if budget is not None else max(1, int(ticks / (speed or DEFAULT_SPEED)))
+        return Steps(k, trim=True, order=2)
+    if budget is not None:
+        return policy if isinstance(policy, Dense) and budget == ticks else with_budget(policy, budget)
+    if speed is not None:
+        return with_speed(policy, speed)
+    return policy
+
+
+def _check_dial(budget: int | None, speed: float | None) -> None:
+    if budget is not None and speed is not None:
+        raise ValueError(f"budget and speed must not both be given, got budget={budget}, speed={speed}")
+    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
+        raise ValueError(f"budget must be an integer of 1 to the number of steps, got {budget!r}")
+    if speed is not None and not speed >= 1:
+        raise ValueError(f"speed must be at least 1, got {speed!r}")
+
+
+def _find_adapter(pipe: Any) -> Adapter:
+    transformer = getattr(pipe, "transformer", None)
+    adapter = next((a for a in ADAPTERS if transformer is not None and a.supports(transformer)), None)
+    families = ", ".join(a.family for a in ADAPTERS)
+    if adapter is None:
+        raise UnsupportedError(
+            f"transformer must be of a supported family ({families}), got {type(transformer).__name__} "
+            f"in {type(pipe).__name__}"
+        )
+    if getattr(pipe, "controlnet", None) is not None:
+        raise UnsupportedError(f"{type(pipe).__name__} has a ControlNet, which is not supported yet")
+    return adapter
+
+
+def _folder(policy: str) -> Path | None:
+    """A local folder, or a snapshot of a hub id `org/name`; None for rule names."""
+    if ":" in policy:
+        return None
+    if Path(policy).is_dir():
+        return Path(policy)
+    if policy.count("/") == 1 and not policy.startswith((".", "/", "~")):
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(policy, allow_patterns=["*.json", "*.safetensors"]))
+        except Exception as error:
+            raise ValueError(f"policy {policy!r} is neither a folder here nor on the hub ({error})") from error
+    return None
+
+
+def _bundled(model: str) -> Path | None:
+    for config in sorted(BUNDLED_POLICIES.glob("*/policy/config.json")):
+        if json.loads(config.read_text())["model"] == model:
+            return config.parent
+    return None
+
+
+def _block_size(transformer: Any) -> int:
+    """Small models get small attention blocks, or there is nothing to be sparse about."""
+    config = transformer.config
+    tokens = (config.sample_size // config.patch_size) ** 2 if "sample_size" in config else _SMALL_MODEL_TOKENS + 1
+    on_cpu = next(transformer.parameters()).device.type == "cpu"
+    return _SMALL_BLOCK if on_cpu and tokens <= _SMALL_MODEL_TOKENS else _BLOCK
+
+
+def _session(pipe: Any) -> Session:
+    session: Session | None = session_of(getattr(pipe, "transformer", None))
+    if session is None:
+        raise StateError("pipe must be accelerated first: rapid3rt.accelerate(pipe)")
+    return session
+
+
+__all__ = ["Check", "accelerate", "check", "model_id", "report", "restore"]

@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One accelerated pipeline: its runs, ticks and calls. The walk of a tick is `forward`, then `step`.
+
+A run begins when the pipeline sets its timesteps and ends with its last tick; a new one discards whatever an older
+one left, also after an exception. The session knows policies and adapters by protocol only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rapid3rt.adapters.base import Adapter
+from rapid3rt.cache import ResidualCache
+from rapid3rt.errors import StateError, UnsupportedError
+from rapid3rt.planning import planner, sparsity
+from rapid3rt.runtime.executor import Executor
+from rapid3rt.runtime.images import Images
+from rapid3rt.runtime.report import Report
+from rapid3rt.runtime.trace import Trace, TraceTick
+from rapid3rt.types import COMPUTE, REUSE, ActionCosts, ComputeDecision, Policy, Run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What drives one run. notes: sentences for the report (a speed that became a budget, a clamp)."""
+
+    policy: Policy
+    name: str
+    budget: int | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """The scheduler's side of a run. ticks: loop iterations; sigmas, timesteps: the grid that images walk."""
+
+    ticks: int
+    sigmas: torch.Tensor
+    timesteps: torch.Tensor
+    shift: float
+    stay_on_grid: bool
+    grid_steps: int | None
+
+
+@dataclass(slots=True)
+class _Frame:
+    """One tick on the device, kept for the trace."""
+
+    sigma: torch.Tensor
+    action: tuple[int, ...]
+    level: tuple[int, ...]
+    cost: tuple[float, ...]
+    next_sigma: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+    ms: float = 0.0
+
+
+@dataclass(slots=True)
+class _RunState:
+    """Everything that lives for one run."""
+
+    choice: Choice
+    grid: Grid
+    begin: int = 0
+    images: Images | None = None
+    num_images: int = 0
+    cache: ResidualCache | None = None
+    reference: torch.Tensor | None = None
+    plan: planner.Plan | None = None
+    computes: torch.Tensor | None = None
+    state: Any = None
+    tick: int = 0
+    calls: int = 0
+    started: float = 0.0
+    frames: list[_Frame] = field(default_factory=list)
+    run: Run | None = None
+    position: torch.Tensor | None = None
+
+    @property
+    def last_tick(self) -> bool:
+        return self.begin + self.tick + 1 >= self.grid.ticks
+
+
+class Session:
+    """Shared by the twins of one pipeline object.
+
+    Parameters
+    ----------
+    pipe: the pipeline. adapter, executor: of its transformer's family. choose: makes the policy of a run, given its
+    ticks; raises ValueError for a budget outside the ticks. costs: of the actions. model: name for the trace.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        adapter: Adapter,
+        executor: Executor,
+        choose: Callable[[int], Choice],
+        costs: ActionCosts,
+        model: str,
+    ) -> None:
+        self.pipe, self.adapter, self.executor = pipe, adapter, executor
+        self.choose, self.costs, self.model = choose, costs, model
+        self.real: tuple[Any, Any] = (None, None)
+        self._state: _RunState | None = None
+
+    # Begin and end -------------------------------------------------------------------------------------------------
+
+    def begin(self, choice: Choice, grid: Grid) -> None:
+        """Start a run on a grid. Called by the scheduler's twin before the first tick."""
+        leaves_grid = getattr(choice.policy, "leaves_grid", True)
+        regrids = grid.grid_steps is not None and grid.grid_steps != grid.ticks
+        if grid.stay_on_grid and (leaves_grid or regrids):
+            raise UnsupportedError(
+                f"policy {choice.name!r} moves images off the pipeline's grid, but this call counts something in steps "
+                "(skip-layer guidance or a pipeline callback); use a policy that stays on it, such as 'dense' or "
+                "'threshold:0.1' (a policy object says so with leaves_grid = False)"
+            )
+        self._state = _RunState(choice=choice, grid=grid)
+
+    @property
+    def begun(self) -> bool:
+        """Whether a run has been started."""
+        return self._state is not None
+
+    def set_begin_index(self, index: int) -> None:
+        """The pipeline starts at this grid index (img2img)."""
+        if self._state is not None:
+            self._state.begin = index
+
+    # The forward half of a tick ------------------------------------------------------------------------------------
+
+    def forward(self, transformer: Any, kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """One transformer call: velocity of all rows, `[R, C, h, w]`."""
+        run = self._require_run()
+        call, run.calls = run.calls, run.calls + 1
+        branches = self.adapter.branches(self.pipe, call, kwargs)
+        self.adapter.refuse(kwargs)
+        hidden: torch.Tensor = kwargs["hidden_states"]
+        if run.images is None:
+            self._start_images(run, transformer, kwargs, len(hidden), branches)
+        if len(hidden) != run.num_images * len(branches):
+            raise StateError(
+                f"hidden_states must have {run.num_images} images x {len(branches)} branches "
+                f"({', '.join(branches)}), got {len(hidden)} rows: the batch may not change during a run"
+            )
+        if run.plan is not None and run.plan.finished:
+            return torch.zeros_like(hidden)
+        assert run.images is not None
+        assert run.cache is not None
+        known = None if run.plan is None else run.plan.active
+        rows, position = self._active_rows(known, run.num_images, len(branches), hidden.device)
+        timestep = run.images.timestep().repeat(len(branches))
+        embedded = self.adapter.embed(transformer, kwargs, timestep if rows is None else timestep[rows], rows)
+        if call == 0:
+            self._decide(run, kwargs, embedded, known)
+            assert run.plan is not None
+            if run.plan.finished:
+                return torch.zeros_like(hidden)
+        assert run.plan is not None
+        row_plan = run.plan.rows(branches, run.cache.holds)
+        self._charge_forced(run, row_plan.forced, len(branches))
+        return self.executor.run(
+            transformer, kwargs, embedded, position, timestep, row_plan, branches, run.num_images, run.cache
+        )
+
+    def _start_images(
+        self, run: _RunState, transformer: Any, kwargs: Mapping[str, Any], rows: int, branches: tuple[str, ...]
+    ) -> None:
+        if rows % len(branches):
+            raise UnsupportedError(f"{rows} rows cannot be {len(branches)} guidance branches ({', '.join(branches)})")
+        run.num_images = rows // len(branches)
+        latents = self.adapter.observe(kwargs, run.num_images)
+        run.images = Images.start(run.grid.sigmas, run.grid.timesteps, latents, run.begin)
+        run.cache = ResidualCache(run.num_images, self.executor.backend)
+        run.run = Run(
+            images=run.num_images,
+            ticks=run.grid.ticks - run.begin,
+            sigmas=tuple(run.grid.sigmas[run.begin :].tolist()),
+            budget=run.choice.budget,
+            family=self.adapter.family,
+            resolution=self.adapter.resolution(transformer, kwargs),
+            shift=run.grid.shift,
+            costs=self.costs,
+            device=latents.device,
+            stay_on_grid=run.grid.stay_on_grid,
+            model=self.model,
+            block_size=(self.executor.block, self.executor.block),
+        )
+        run.started = time.perf_counter()
+        run.choice.policy.begin(run.run)
+
+    def _active_rows(
+        self, known: list[int] | None, images: int, branches: int, device: torch.device
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Rows of images that were not done at the last plan, and where each row sits among them. None: all."""
+        if known is None or len(known) == images:
+            return None, None
+        rows = [b * images + i for b in range(branches) for i in known]
+        place = [0] * (images * branches)
+        for position, row in enumerate(rows):
+            place[row] = position
+        both = torch.tensor([rows + [0] * (len(place) - len(rows)), place], dtype=torch.int64, device=device)
+        return both[0, : len(rows)], both[1]
+
+    def _decide(self, run: _RunState, kwargs: Mapping[str, Any], embedded: Any, known: list[int] | None) -> None:
+        """Observe, ask the policy, enforce budget and first compute, plan: the one host read of the tick."""
+        images = run.images
+        assert images is not None
+        latents = self.adapter.observe(kwargs, run.num_images)
+        active = run.num_images if known is None else len(known)
+        seen, temb = embedded.image[-active:], embedded.temb[-active:]
+        index = None if active == run.num_images else torch.tensor(known, dtype=torch.int64, device=latents.device)
+        drift, conditioning = self._drift(run, seen, index), _put(temb, index, run.num_images)
+        run.state = images.view(run.tick, latents, drift, conditioning)
+        decision = _checked(run.choice.policy.decide_compute(run.state), run.num_images, run.choice.name)
+        decision = self._enforce(run, decision)
+        run.plan = planner.plan(decision, images.done, images.bad, run.choice.name)
+        cost = self._costs(run.plan)
+        run.frames.append(_Frame(sigma=images.sigma, action=run.plan.action, level=run.plan.level, cost=cost))
+        if run.plan.finished:
+            run.frames.pop()
+            return
+        on_device = torch.tensor(cost, dtype=torch.float32, device=latents.device)
+        run.computes = images.count(decision, latents, on_device)
+        self._refer(run, seen, index)
+
+    def _enforce(self, run: _RunState, decision: ComputeDecision) -> ComputeDecision:
+        images = run.images
+        assert images is not None
+        action = decision.action
+        if run.choice.budget is not None:
+            action = torch.where(images.nfe >= run.choice.budget, REUSE, action)
+        action = torch.where(images.nfe == 0, COMPUTE, action)
+        return ComputeDecision(action=action.to(torch.int8), sparsity=decision.sparsity.to(torch.int32))
+
+    def _drift(self, run: _RunState, seen: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+        """Relative L1 change of the embedded latents since each image's last compute; 0 where undefined."""
+        if run.reference is None:
+            return torch.zeros(run.num_images, dtype=torch.float32, device=seen.device)
+        reference = run.reference if index is None else run.reference[index]
+        change = (seen - reference).abs().mean((1, 2), dtype=torch.float32)
+        size = reference.abs().mean((1, 2), dtype=torch.float32)
+        return _put(change / size.clamp(min=1e-20), index, run.num_images)
+
+    def _refer(self, run: _RunState, seen: torch.Tensor, index: torch.Tensor | None) -> None:
+        """Make the embedded latents of the images that compute their new reference."""
+        assert run.computes is not None
+        assert run.plan is not None
+        if run.reference is None:
+            run.reference = torch.zeros(run.num_images, *seen.shape[1:], dtype=seen.dtype, device=seen.device)
+        if index is None and all(a == COMPUTE for a in run.plan.action):
+            run.reference = seen
+        elif index is None:
+            run.reference = torch.where(run.computes.view(-1, 1, 1), seen, run.reference)
+        else:
+            mask = run.computes[index].view(-1, 1, 1)
+            run.reference = run.reference.index_copy(0, index, torch.where(mask, seen, run.reference[index]))
+
+    def _costs(self, plan: planner.Plan) -> tuple[float, ...]:
+        return tuple(
+            0.0 if a < 0 else self.level_cost(level) if a == COMPUTE else self.costs.reuse
+            for a, level in zip(plan.action, plan.level, strict=True)
+        )
+
+    def level_cost(self, level: int) -> float:
+        """Cost of a compute at a level; a level without a measurement costs what dense does."""
+        levels = self.costs.levels
+        return levels[level] if level < len(levels) else levels[0]
+
+    def _charge_forced(self, run: _RunState, forced: tuple[int, ...], branches: int) -> None:
+        """A branch that computed for itself costs its share of a dense step."""
+        if forced:
+            frame = run.frames[-1]
+            cost = list(frame.cost)
+            for row in forced:
+                cost[row % run.num_images] += self.costs.levels[0] / max(branches, 2)
+            frame.cost = tuple(cost)
+
+    # The step half of a tick ---------------------------------------------------------------------------------------
+
+    def step(self, velocity: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """Move every image to its own next sigma; returns the new latents in the velocity's dtype."""
+        run = self._require_run()
+        if run.images is None or run.plan is None or run.calls == 0:
+            raise StateError("scheduler.step must come after a transformer call of the same tick")
+        run.calls = 0
+        if run.plan.finished:
+            run.tick += 1
+            return sample.to(velocity.dtype)
+        assert run.computes is not None
+        decision = run.choice.policy.decide_step(run.state, velocity)
+        if decision.next_sigma.shape != (run.num_images,):
+            raise ValueError(
+                f"next_sigma of policy {run.choice.name!r} must have shape ({run.num_images},), "
+                f"got {tuple(decision.next_sigma.shape)}"
+            )
+        latents, target = run.images.step_latents(decision, sample, velocity, run.computes, run.last_tick)
+        frame = run.frames[-1]
+        frame.next_sigma, frame.order = target, decision.order
+        now = time.perf_counter()
+        frame.ms, run.started = 1000 * (now - run.started), now
+        if run.last_tick:
+            planner.raise_if_nan(run.images.bad.int().tolist(), run.choice.name)
+            self._release(run)
+        run.tick += 1
+        return latents
+
+    def _release(self, run: _RunState) -> None:
+        """Nothing but the trace outlives a run."""
+        run.cache = ResidualCache(run.num_images, self.executor.backend)
+        run.reference = run.state = None
+
+    def sigma_now(self) -> torch.Tensor | None:
+        """Each image's sigma, float32 `[B]`; None before the first tick."""
+        return None if self._state is None or self._state.images is None else self._state.images.sigma
+
+    def _require_run(self) -> _RunState:
+        if self._state is None:
+            raise StateError("the transformer of an accelerated pipeline must be called by that pipeline's own loop")
+        return self._state
+
+    # What happened -------------------------------------------------------------------------------------------------
+
+    def trace(self) -> Trace:
+        """The decisions of the last run. Raises StateError before the first."""
+        run = self._state
+        if run is None or run.run is None:
+            raise StateError("no run to report: call the pipeline first")
+        per_image: list[list[TraceTick]] = [[] for _ in range(run.num_images)]
+        for frame in run.frames:
+            if frame.next_sigma is None:
+                continue
+            sigma, target = frame.sigma.tolist(), frame.next_sigma.tolist()
+            order = [1] * run.num_images if frame.order is None else frame.order.tolist()
+            for i, action in enumerate(frame.action):
+                if action >= 0:
+                    per_image[i].append(
+                        TraceTick(
+                            sigma=sigma[i],
+                            action=action,
+                            level=frame.level[i],
+                            next_sigma=target[i],
+                            order=order[i],
+                            density=sparsity.density(frame.level[i]) if action == COMPUTE else 0.0,
+                            cost=frame.cost[i],
+                        )
+                    )
+        return Trace(
+            model=self.model,
+            family=self.adapter.family,
+            ticks=run.run.ticks,
+            grid_steps=run.grid.grid_steps,
+            sigmas=run.run.sigmas,
+            block_q=self.executor.block,
+            block_kv=self.executor.block,
+            policy=run.choice.name,
+            budget=run.choice.budget,
+            costs=self.costs,
+            images=tuple(tuple(ticks) for ticks in per_image),
+            tick_ms=tuple(f.ms for f in run.frames if f.next_sigma is not None),
+        )
+
+    def report(self) -> Report:
+        """The last run as a table, a file or a picture."""
+        trace = self.trace()
+        run = self._state
+        assert run is not None
+        notes = list(run.choice.notes)
+        open_images = [i for i, ticks in enumerate(trace.images) if not ticks or ticks[-1].next_sigma > 0]
+        if open_images:
+            notes.append(f"interrupted: image {', '.join(map(str, open_images))} did not reach sigma 0")
+        return Report(trace, notes=tuple(notes))
+
+
+def _put(rows: torch.Tensor, index: torch.Tensor | None, total: int) -> torch.Tensor:
+    """Rows of some images among zeros for all."""
+    if index is None:
+        return rows
+    return rows.new_zeros(total, *rows.shape[1:]).index_copy(0, index, rows)
+
+
+def _checked(decision: ComputeDecision, images: int, name: str) -> ComputeDecision:
+    for field_name in ("action", "sparsity"):
+        shape = tuple(getattr(decision, field_name).shape)
+        if shape != (images,):
+            raise ValueError(f"{field_name} of policy {name!r} must have shape ({images},), got {shape}")
+    return decision

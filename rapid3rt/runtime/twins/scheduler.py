@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scheduler's twin: owns a copy of the real one, begins runs, and steps every image to its own next sigma.
+
+Signatures are the real ones, because pipelines inspect them. `timesteps` stays the pipeline's own list: one tick each.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from types import FrameType
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
+
+from rapid3rt.errors import StateError, UnsupportedError
+from rapid3rt.runtime.session import Grid, Session
+from rapid3rt.runtime.twins.base import twin_class
+
+
+def make_scheduler_twin(real: Any, session: Session) -> Any:
+    """A twin of a FlowMatch Euler scheduler.
+
+    Raises
+    ------
+    UnsupportedError: another scheduler, or a configuration whose step is not plain Euler.
+    """
+    check_scheduler(real)
+    overrides = {"set_timesteps": set_timesteps, "step": step, "scale_noise": scale_noise}
+    overrides["set_begin_index"] = set_begin_index
+    twin = copy.copy(real)
+    twin.__class__ = twin_class(type(real), session, overrides)
+    return twin
+
+
+def check_scheduler(real: Any) -> None:
+    """Refuse what is not plain flow-matching Euler."""
+    if not isinstance(real, FlowMatchEulerDiscreteScheduler):
+        raise UnsupportedError(
+            f"scheduler must be a FlowMatchEulerDiscreteScheduler, got {type(real).__name__}; set pipe.scheduler = "
+            "FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config) first"
+        )
+    for name in ("stochastic_sampling", "invert_sigmas"):
+        if real.config.get(name):
+            raise UnsupportedError(f"scheduler option {name} must be off, got {real.config[name]}")
+
+
+def set_timesteps(
+    self: Any,
+    num_inference_steps: int | None = None,
+    device: str | torch.device | None = None,
+    sigmas: list[float] | None = None,
+    mu: float | None = None,
+    timesteps: list[float] | None = None,
+) -> None:
+    """Set the pipeline's grid as the real scheduler does, and begin a run."""
+    session: Session = type(self)._rapid3rt_session
+    frame = _pipeline_frame(session.pipe)
+    real: Any = type(self).__mro__[1]
+    real.set_timesteps(self, num_inference_steps, device, sigmas, mu, timesteps)
+    ticks = len(self.timesteps)
+    choice = session.choose(ticks)
+    steps = getattr(choice.policy, "grid_steps", None)
+    grid = self
+    if steps is not None and steps != ticks:
+        if steps > ticks:
+            raise ValueError(f"steps of policy {choice.name!r} must be at most num_inference_steps ({ticks}), got {steps}")
+        if sigmas is not None or timesteps is not None:
+            raise UnsupportedError(f"policy {choice.name!r} sets its own grid and cannot follow sigmas= or timesteps=")
+        grid = copy.copy(self)
+        real.set_timesteps(grid, steps, device, None, mu, None)
+    shift = float(torch.tensor(mu).exp()) if self.config.use_dynamic_shifting and mu is not None else float(self.shift)
+    session.begin(
+        choice,
+        Grid(
+            ticks=ticks,
+            sigmas=grid.sigmas,
+            timesteps=grid.timesteps,
+            shift=shift,
+            stay_on_grid=_counts_in_ticks(frame),
+            grid_steps=steps,
+        ),
+    )
+
+
+def _pipeline_frame(pipe: Any) -> FrameType:
+    """The running `__call__` of this pipeline: callbacks and windows are its locals and live nowhere else."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is pipe:
+            return frame
+        frame = frame.f_back
+    raise StateError(
+        "set_timesteps of an accelerated pipeline's scheduler must be called by that pipeline; another pipeline that "
+        "was built from it must be built before rapid3rt.accelerate, or after rapid3rt.restore"
+    )
+
+
+def _counts_in_ticks(frame: FrameType) -> bool:
+    """Whether something in this call counts loop iterations: skip-layer guidance, or a cutoff callback."""
+    arguments = frame.f_locals
+    callback = arguments.get("callback_on_step_end")
+    return bool(arguments.get("skip_guidance_layers")) or isinstance(callback, PipelineCallback | MultiPipelineCallbacks)
+
+
+def set_begin_index(self: Any, begin_index: int = 0) -> None:
+    """Remember where on the grid the pipeline starts."""
+    self._begin_index = begin_index
+    type(self)._rapid3rt_session.set_begin_index(begin_index)
+
+
+def scale_noise(
+    self: Any,
+    sample: torch.Tensor,
+    timestep: float | torch.Tensor,
+    noise: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Noise clean latents: to the run's first sigma before the first tick, afterwards to each image's own."""
+    session: Session = type(self)._rapid3rt_session
+    sigma = session.sigma_now()
+    if sigma is None or self._step_index is None:
+        noised: torch.Tensor = type(self).__mro__[1].scale_noise(self, sample, timestep, noise)
+        return noised
+    assert noise is not None
+    sigma = sigma.to(sample.dtype).view(-1, *([1] * (sample.ndim - 1)))
+    return sigma * noise + (1.0 - sigma) * sample
+
+
+def step(
+    self: Any,
+    model_output: torch.Tensor,
+    timestep: float | torch.Tensor,
+    sample: torch.Tensor,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = float("inf"),
+    s_noise: float = 1.0,
+    generator: torch.Generator | None = None,
+    per_token_timesteps: torch.Tensor | None = None,
+    return_dict: bool = True,
+) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[torch.Tensor]:
+    """Move every image to its own next sigma. Churn arguments do nothing in the real scheduler either."""
+    del s_churn, s_tmin, s_tmax, s_noise, generator
+    if per_token_timesteps is not None:
+        raise UnsupportedError("per_token_timesteps cannot be combined with per-image sigmas")
+    if self._step_index is None:
+        self._init_step_index(timestep)
+    session: Session = type(self)._rapid3rt_session
+    moved = session.step(model_output, sample)
+    self._step_index += 1
+    return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=moved) if return_dict else (moved,)

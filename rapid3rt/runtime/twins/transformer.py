@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transformer's twin: shares the real module's `__dict__`, so weights, LoRA, hooks and devices are one state.
+
+Calling it opens a window: our block loop is put where the class's own forward sits in the stack of hooks (offload,
+casting, caches), the real module is called so that every root hook fires, and the slot is put back. An overridden
+`forward` would not do: hooks that were added later keep the old one and erase ours.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.utils.peft_utils import apply_lora_scale
+
+from rapid3rt.errors import UnsupportedError
+from rapid3rt.runtime.twins.base import twin_class
+
+_LOCKS: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+"""One lock per real transformer: two pipelines that share it must not open their windows at once."""
+
+
+class ForwardSession(Protocol):
+    """What the twin needs of a session."""
+
+    def forward(self, transformer: Any, kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """Run one transformer call."""
+
+
+def make_transformer_twin(real: torch.nn.Module, session: ForwardSession) -> torch.nn.Module:
+    """A twin of a diffusers transformer. The real one stays usable by others."""
+    lock = _LOCKS.setdefault(real, threading.RLock())
+    twin = object.__new__(twin_class(type(real), session, {"__call__": _call_with(session, lock)}))
+    object.__setattr__(twin, "__dict__", real.__dict__)
+    return twin  # type: ignore[no-any-return]
+
+
+def _call_with(session: ForwardSession, lock: threading.RLock) -> Callable[..., Any]:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._compiled_call_impl is not None:
+            raise UnsupportedError(
+                "compiling the whole transformer hides its blocks; use pipe.transformer.compile_repeated_blocks() instead"
+            )
+        with lock, _window(self, session):
+            return torch.nn.Module.__call__(self, *args, **kwargs)
+
+    return call
+
+
+@contextmanager
+def _window(module: Any, session: ForwardSession) -> Iterator[None]:
+    """Our loop in the innermost forward slot while the context is open."""
+    own = type(module).__mro__[1].forward
+    get, put = _innermost_slot(module, own)
+    displaced = get()
+    put(_loop(module, session, own, displaced))
+    try:
+        yield
+    finally:
+        if displaced is None:
+            del module.__dict__["forward"]
+        else:
+            put(displaced)
+
+
+def _innermost_slot(module: Any, own: Any) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    """Where the class's own forward sits: a getter (None: nowhere on the instance) and a setter."""
+    attributes = module.__dict__
+    registry = attributes.get("_diffusers_hook")
+    holders = [(ref, name) for ref in getattr(registry, "_fn_refs", ()) for name in ("original_forward", "forward")]
+    for holder, name in holders:
+        if getattr(getattr(holder, name, None), "__func__", None) is own:
+            return (lambda: getattr(holder, name)), (lambda value: setattr(holder, name, value))
+    for name in ("_old_forward", "forward"):
+        if getattr(attributes.get(name), "__func__", None) is own:
+            return (lambda: attributes[name]), (lambda value: attributes.__setitem__(name, value))
+    if "forward" not in attributes:
+        return (lambda: None), (lambda value: attributes.__setitem__("forward", value))
+    raise UnsupportedError(
+        "the transformer's forward has been replaced by something that does not keep the original; "
+        "undo that replacement, then call rapid3rt.accelerate again"
+    )
+
+
+def _loop(module: Any, session: ForwardSession, own: Any, displaced: Any) -> Callable[..., Any]:
+    """The function that stands in the slot. Another thread that gets here runs what was there before."""
+    owner = threading.get_ident()
+    signature = inspect.signature(own)
+
+    @apply_lora_scale("joint_attention_kwargs")
+    def run(transformer: Any, **kwargs: Any) -> Any:
+        sample = session.forward(transformer, kwargs)
+        return Transformer2DModelOutput(sample=sample) if kwargs["return_dict"] else (sample,)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != owner:
+            return own(module, *args, **kwargs) if displaced is None else displaced(*args, **kwargs)
+        bound = signature.bind(module, *args, **kwargs)
+        bound.apply_defaults()
+        arguments = dict(bound.arguments)
+        arguments.pop("self", None)
+        return run(module, **arguments)
+
+    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [p for name, p in signature.parameters.items() if name != "self"]
+    )
+    return forward
