@@ -12,10 +12,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
+
+_MISSING = object()
 
 
 class Fields:
@@ -30,14 +33,14 @@ class Fields:
     def fail(self, name: str, requirement: str, got: object) -> NoReturn:
         """Raise the one kind of error this file has."""
         field = ".".join(part for part in (self.where, name) if part) or "content"
-        shown = repr(got)
+        shown = "nothing" if got is _MISSING else repr(got)
         shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
         msg = f"{self.file}: {field} must {requirement}, got {shown}"
         raise ValueError(msg)
 
     def get(self, name: str) -> Any:
         if name not in self.data:
-            self.fail(name, "be present", "nothing")
+            self.fail(name, "be present", _MISSING)
         return self.data[name]
 
     def text(self, name: str, choices: tuple[str, ...] = ()) -> str:
@@ -99,6 +102,9 @@ class Fields:
             self.fail(name, "be a number", value)
         if not low <= value <= high:
             self.fail(name, f"be in {low:g}..{high:g}", value)
+        # "1e999" is valid JSON for infinity, and an integer may be too long for a float.
+        if abs(value) > sys.float_info.max:
+            self.fail(name, "be finite", value)
         return float(value)
 
 
