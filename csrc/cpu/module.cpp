@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0
+// The Python module _cpu. Tensors arrive as addresses, sizes and strides; rapid3rt/ops/native.py
+// has checked them.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+#include <vector>
+
+#include "ops.h"
+
+namespace py = pybind11;
+
+namespace rapid3rt {
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+using Three = std::array<int64_t, 3>;
+
+Strides strides(const Three& s) { return {s[0], s[1], s[2]}; }
+
+void check_aligned(const char* name, uintptr_t address) {
+  R3_CHECK(address % 16 == 0, name, " must start at a multiple of 16 bytes, got address ", address);
+}
+
+void lookup(uintptr_t out, uintptr_t embedded, uintptr_t slots, uintptr_t slot, uintptr_t coef,
+            uintptr_t scale, uintptr_t shift, float eps, int64_t num_rows, int64_t num_slots,
+            int64_t num_orders, int64_t num_tokens, int64_t width, int dtype, int num_threads) {
+  cache_lookup({pointer<void>(out), pointer<void>(embedded), pointer<void>(slots),
+                pointer<int32_t>(slot), pointer<float>(coef), pointer<void>(scale),
+                pointer<void>(shift), eps, num_rows, num_slots, num_orders, num_tokens, width,
+                static_cast<DType>(dtype), num_threads});
+}
+
+void store(uintptr_t stats, uintptr_t slots, uintptr_t out, uintptr_t embedded, uintptr_t slot,
+           uintptr_t gap, int64_t num_rows, int64_t num_slots, int64_t num_orders,
+           int64_t num_tokens, int64_t width, int dtype, int num_threads) {
+  cache_store({pointer<float>(stats), pointer<void>(slots), pointer<void>(out),
+               pointer<void>(embedded), pointer<int32_t>(slot), pointer<float>(gap), num_rows,
+               num_slots, num_orders, num_tokens, width, static_cast<DType>(dtype), num_threads});
+}
+
+RowsParams rows_params(uintptr_t out, uintptr_t x, uintptr_t rows, int64_t num_rows, int64_t total,
+                       int64_t row_bytes, int num_threads) {
+  return {pointer<void>(out), pointer<void>(x), pointer<int32_t>(rows), num_rows, total,
+          row_bytes,          num_threads};
+}
+
+void gather(uintptr_t out, uintptr_t x, uintptr_t rows, int64_t num_rows, int64_t total,
+            int64_t row_bytes, int num_threads) {
+  gather_rows(rows_params(out, x, rows, num_rows, total, row_bytes, num_threads));
+}
+
+void scatter(uintptr_t out, uintptr_t x, uintptr_t rows, int64_t num_rows, int64_t total,
+             int64_t row_bytes, int num_threads) {
+  scatter_rows(rows_params(out, x, rows, num_rows, total, row_bytes, num_threads));
+}
+
+void modulate(uintptr_t out, uintptr_t x, uintptr_t scale, uintptr_t shift, uintptr_t weight,
+              uintptr_t bias, float eps, bool rms, int64_t num_rows, int64_t num_tokens,
+              int64_t width, int dtype, int num_threads) {
+  norm_modulate({pointer<void>(out), pointer<void>(x), pointer<void>(scale), pointer<void>(shift),
+                 pointer<void>(weight), pointer<void>(bias), eps, rms, num_rows, num_tokens, width,
+                 static_cast<DType>(dtype), num_threads});
+}
+
+void gate(uintptr_t out, uintptr_t residual, uintptr_t gate, uintptr_t y, int64_t num_rows,
+          int64_t num_tokens, int64_t width, int dtype, int num_threads) {
+  gate_residual({pointer<void>(out), pointer<void>(residual), pointer<void>(gate), pointer<void>(y),
+                 num_rows, num_tokens, width, static_cast<DType>(dtype), num_threads});
+}
+
+void lists(uintptr_t mode, uintptr_t count, uintptr_t index, uintptr_t order, uintptr_t q,
+           uintptr_t k, uintptr_t keep, Three q_strides, Three k_strides,
+           std::array<int64_t, 4> sizes, int64_t text_start, int64_t text_len, int64_t block_q,
+           int64_t block_kv, float scale, int dtype, int num_threads) {
+  build_block_lists({pointer<uint8_t>(mode),
+                     pointer<int32_t>(count),
+                     pointer<int32_t>(index),
+                     pointer<int32_t>(order),
+                     pointer<void>(q),
+                     pointer<void>(k),
+                     pointer<int32_t>(keep),
+                     strides(q_strides),
+                     strides(k_strides),
+                     sizes[0],
+                     sizes[1],
+                     sizes[2],
+                     sizes[3],
+                     text_start,
+                     text_len,
+                     block_q,
+                     block_kv,
+                     scale,
+                     static_cast<DType>(dtype),
+                     num_threads});
+}
+
+// sizes: rows, heads, queries, keys, head dim.
+void attention(uintptr_t out, uintptr_t lse, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t mode,
+               uintptr_t count, uintptr_t index, uintptr_t order, uintptr_t kv_len,
+               Three out_strides, Three q_strides, Three k_strides, Three v_strides,
+               Three index_strides, std::array<int64_t, 2> count_strides,
+               std::array<int64_t, 5> sizes, int64_t block_q, int64_t block_kv, int64_t list_len,
+               float scale, bool allow_skip, int dtype, int num_threads) {
+  check_aligned("out", out);
+  check_aligned("q", q);
+  check_aligned("k", k);
+  check_aligned("v", v);
+  AttentionParams p{};
+  p.out = pointer<void>(out);
+  p.lse = pointer<float>(lse);
+  p.q = pointer<void>(q);
+  p.k = pointer<void>(k);
+  p.v = pointer<void>(v);
+  p.mode = pointer<uint8_t>(mode);
+  p.count = pointer<int32_t>(count);
+  p.index = pointer<int32_t>(index);
+  p.order = pointer<int32_t>(order);
+  p.kv_len = pointer<int32_t>(kv_len);
+  p.out_strides = strides(out_strides);
+  p.q_strides = strides(q_strides);
+  p.k_strides = strides(k_strides);
+  p.v_strides = strides(v_strides);
+  p.index_strides = strides(index_strides);
+  p.count_row = count_strides[0];
+  p.count_head = count_strides[1];
+  p.num_rows = sizes[0];
+  p.num_heads = sizes[1];
+  p.len_q = sizes[2];
+  p.len_kv = sizes[3];
+  p.head_dim = sizes[4];
+  p.block_q = block_q;
+  p.block_kv = block_kv;
+  p.list_len = list_len;
+  p.scale = scale;
+  p.allow_skip = allow_skip;
+  p.dtype = static_cast<DType>(dtype);
+  p.num_threads = num_threads;
+  block_sparse_attention(p);
+}
+
+}  // namespace
+}  // namespace rapid3rt
+
+PYBIND11_MODULE(_cpu, m) {
+  using namespace rapid3rt;
+  m.doc() = "CPU kernels of rapid3rt. Knows no torch: tensors are addresses, sizes and strides.";
+#ifdef _OPENMP
+  m.attr("has_openmp") = true;
+#else
+  m.attr("has_openmp") = false;
+#endif
+  m.attr("isas") = std::vector<std::string>{"scalar"};
+  const py::call_guard<py::gil_scoped_release> no_gil;
+  m.def("block_sparse_attention", &attention, no_gil);
+  m.def("build_block_lists", &lists, no_gil);
+  m.def("cache_lookup", &lookup, no_gil);
+  m.def("cache_store", &store, no_gil);
+  m.def("gather_rows", &gather, no_gil);
+  m.def("gate_residual", &gate, no_gil);
+  m.def("norm_modulate", &modulate, no_gil);
+  m.def("scatter_rows", &scatter, no_gil);
+}
