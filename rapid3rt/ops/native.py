@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native backend: hands addresses, sizes and strides of tensors to the torch-free module `_cpu`.
+
+Nothing is checked here but layouts that the kernels rely on; `rapid3rt.ops` checks what callers pass. Why the module
+is missing, if it is, is kept and told.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# First: OpenMP must be the one that torch has loaded, two runtimes in one process fight over cores.
+import torch
+
+from rapid3rt import envs
+from rapid3rt.errors import UnsupportedError
+
+# The same numbers stand in csrc/include/rapid3rt/dtype.h.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_num_threads = torch.get_num_threads
+
+
+def _load() -> tuple[Any, str | None]:
+    """The module, or None and why not."""
+    try:
+        module: Any = importlib.import_module("rapid3rt._cpu")
+    except ImportError as error:
+        return None, f"module rapid3rt._cpu cannot be loaded: {error}"
+    isa = envs.cpu_isa()
+    if isa is not None and isa not in module.isas:
+        known = ", ".join(module.isas)
+        raise ValueError(f"RAPID3RT_CPU_ISA must be one of {known}, got {isa!r}")
+    return module, None
+
+
+_cpu, _missing = _load()
+
+
+def missing_reason(device_type: str) -> str | None:
+    """Why this backend cannot serve a device, None when it can."""
+    if device_type == "cpu":
+        return _missing
+    return f"this build has no native kernels for device {device_type!r}"
+
+
+def info() -> dict[str, Any]:
+    """What the CPU module was built with; `available` False and `reason` when it is missing."""
+    if _cpu is None:
+        return {"available": False, "reason": _missing}
+    return {"available": True, "isas": tuple(_cpu.isas), "openmp": _cpu.has_openmp}
+
+
+def _module() -> Any:
+    if _cpu is None:
+        raise UnsupportedError(f"backend 'native' is not available: {_missing}")
+    return _cpu
+
+
+def _address(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def gather_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """As `reference.gather_rows`."""
+    x, rows = x.contiguous(), rows.contiguous()
+    out = x.new_empty((rows.shape[0], *x.shape[1:]))
+    total, num_bytes = x.shape[0], out.numel() * x.element_size()
+    num_rows = rows.shape[0]
+    if num_bytes:
+        _module().gather_rows(
+            out.data_ptr(), x.data_ptr(), rows.data_ptr(), num_rows, total, num_bytes // num_rows, _num_threads()
+        )  # fmt: skip
+    return out
+
+
+def scatter_rows(out: torch.Tensor, x: torch.Tensor, rows: torch.Tensor) -> None:
+    """As `reference.scatter_rows`."""
+    x, rows = x.contiguous(), rows.contiguous()
+    num_rows, num_bytes = rows.shape[0], x.numel() * x.element_size()
+    if num_bytes:
+        _module().scatter_rows(
+            out.data_ptr(), x.data_ptr(), rows.data_ptr(), num_rows, out.shape[0], num_bytes // num_rows, _num_threads()
+        )  # fmt: skip
+
+
+def cache_lookup(
+    embedded: torch.Tensor, slots: torch.Tensor, slot: torch.Tensor, coef: torch.Tensor
+) -> torch.Tensor:
+    """As `reference.cache_lookup`."""
+    return _lookup(embedded, slots, slot, coef, None, None, 0.0)
+
+
+def cache_lookup_norm(
+    embedded: torch.Tensor,
+    slots: torch.Tensor,
+    slot: torch.Tensor,
+    coef: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """As `reference.cache_lookup_norm`."""
+    return _lookup(embedded, slots, slot, coef, scale.contiguous(), shift.contiguous(), eps)
+
+
+def _lookup(
+    embedded: torch.Tensor,
+    slots: torch.Tensor,
+    slot: torch.Tensor,
+    coef: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    embedded, slots, slot, coef = (t.contiguous() for t in (embedded, slots, slot, coef))
+    out = torch.empty_like(embedded)
+    num_rows, num_tokens, width = embedded.shape
+    if out.numel():
+        _module().cache_lookup(
+            out.data_ptr(), embedded.data_ptr(), slots.data_ptr(), slot.data_ptr(), coef.data_ptr(),
+            _address(scale), _address(shift), eps, num_rows, slots.shape[0], slots.shape[1], num_tokens, width,
+            DTYPES[embedded.dtype], _num_threads(),
+        )  # fmt: skip
+    return out
+
+
+def cache_store(
+    slots: torch.Tensor,
+    out: torch.Tensor,
+    embedded: torch.Tensor,
+    slot: torch.Tensor,
+    gap: torch.Tensor,
+) -> torch.Tensor:
+    """As `reference.cache_store`."""
+    out, embedded, slot, gap = (t.contiguous() for t in (out, embedded, slot, gap))
+    num_rows, num_tokens, width = embedded.shape
+    stats = torch.empty((num_rows, 3), dtype=torch.float32)
+    if out.numel():
+        _module().cache_store(
+            stats.data_ptr(), slots.data_ptr(), out.data_ptr(), embedded.data_ptr(), slot.data_ptr(), gap.data_ptr(),
+            num_rows, slots.shape[0], slots.shape[1], num_tokens, width, DTYPES[embedded.dtype], _num_threads(),
+        )  # fmt: skip
+    return stats
+
+
+def norm_modulate(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    rms: bool,
+) -> torch.Tensor:
+    """As `reference.norm_modulate`."""
+    x, scale, shift = (t.contiguous() for t in (x, scale, shift))
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+    out = torch.empty_like(x)
+    if out.numel():
+        _module().norm_modulate(
+            out.data_ptr(), x.data_ptr(), scale.data_ptr(), shift.data_ptr(), _address(weight), _address(bias),
+            eps, rms, *x.shape, DTYPES[x.dtype], _num_threads(),
+        )  # fmt: skip
+    return out
+
+
+def gate_residual(residual: torch.Tensor, gate: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """As `reference.gate_residual`."""
+    residual, gate, y = (t.contiguous() for t in (residual, gate, y))
+    out = torch.empty_like(residual)
+    if out.numel():
+        _module().gate_residual(
+            out.data_ptr(), residual.data_ptr(), gate.data_ptr(), y.data_ptr(), *y.shape, DTYPES[y.dtype],
+            _num_threads(),
+        )  # fmt: skip
+    return out
+
+
+def build_block_lists(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    keep: torch.Tensor,
+    text_start: int,
+    text_len: int,
+    block_q: int,
+    block_kv: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `reference.build_block_lists`."""
+    keep = keep.contiguous()
+    num_rows, num_heads, num_tokens, _ = q.shape
+    num_q, num_kv = -(-num_tokens // block_q), -(-num_tokens // block_kv)
+    mode = torch.empty((num_rows, num_heads), dtype=torch.uint8)
+    count = torch.empty((num_rows, num_heads, num_q), dtype=torch.int32)
+    index = torch.empty((num_rows, num_heads, num_q, num_kv), dtype=torch.int32)
+    order = torch.empty(num_rows * num_heads * num_q, dtype=torch.int32)
+    if order.numel():
+        _module().build_block_lists(
+            mode.data_ptr(), count.data_ptr(), index.data_ptr(), order.data_ptr(), q.data_ptr(), k.data_ptr(),
+            keep.data_ptr(), q.stride()[:3], k.stride()[:3], q.shape, text_start, text_len, block_q, block_kv, scale,
+            DTYPES[q.dtype], _num_threads(),
+        )  # fmt: skip
+    return mode, count, index, order
+
+
+def block_sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mode: torch.Tensor,
+    count: torch.Tensor | None,
+    index: torch.Tensor | None,
+    order: torch.Tensor | None,
+    kv_len: torch.Tensor | None,
+    block_q: int,
+    block_kv: int,
+    scale: float,
+    lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `reference.block_sparse_attention`."""
+    num_rows, num_heads, len_q, head_dim = q.shape
+    out = q.new_empty((num_rows, len_q, num_heads, head_dim)).transpose(1, 2)
+    sums = torch.empty((num_rows, num_heads, len_q) if lse else (0,), dtype=torch.float32)
+    lists = (mode, count, index, order, kv_len)
+    _attend(out, sums if lse else None, q, k, v, lists, (block_q, block_kv), scale, False)
+    return out, sums
+
+
+def block_sparse_attention_(
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mode: torch.Tensor,
+    count: torch.Tensor | None,
+    index: torch.Tensor | None,
+    order: torch.Tensor | None,
+    kv_len: torch.Tensor | None,
+    block_q: int,
+    block_kv: int,
+    scale: float,
+) -> None:
+    """As `reference.block_sparse_attention_`."""
+    lists = (mode, count, index, order, kv_len)
+    _attend(out, lse, q, k, v, lists, (block_q, block_kv), scale, True)
+
+
+def _attend(
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lists: tuple[torch.Tensor | None, ...],
+    blocks: tuple[int, int],
+    scale: float,
+    allow_skip: bool,
+) -> None:
+    mode, count, index, order, kv_len = lists
+    assert mode is not None
+    if not out.numel():
+        return
+    mode = mode.contiguous()
+    order, kv_len = (None if t is None else t.contiguous() for t in (order, kv_len))
+    # The lists may be expanded over rows and heads: only the last dimension is made contiguous.
+    count, index = (
+        t if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+        for t in (count, index)
+    )
+    no_strides = (0, 0, 0)
+    _module().block_sparse_attention(
+        out.data_ptr(), _address(lse), q.data_ptr(), k.data_ptr(), v.data_ptr(), mode.data_ptr(),
+        _address(count), _address(index), _address(order), _address(kv_len),
+        out.stride()[:3], q.stride()[:3], k.stride()[:3], v.stride()[:3],
+        no_strides if index is None else index.stride()[:3],
+        no_strides[:2] if count is None else count.stride()[:2],
+        (*q.shape[:3], k.shape[2], q.shape[3]), *blocks, 0 if index is None else index.shape[-1], scale, allow_skip,
+        DTYPES[q.dtype], _num_threads(),
+    )  # fmt: skip
