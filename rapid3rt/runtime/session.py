@@ -364,18 +364,13 @@ class Session:
             costs=self.costs,
             images=tuple(tuple(ticks) for ticks in per_image),
             tick_ms=tuple(f.ms for f in run.frames if f.next_sigma is not None),
+            interrupted=any(not ticks or ticks[-1].next_sigma > 0 for ticks in per_image),
         )
 
     def report(self) -> Report:
         """The last run as a table, a file or a picture."""
         trace = self.trace()
-        run = self._state
-        assert run is not None
-        notes = list(run.choice.notes)
-        open_images = [i for i, ticks in enumerate(trace.images) if not ticks or ticks[-1].next_sigma > 0]
-        if open_images:
-            notes.append(f"interrupted: image {', '.join(map(str, open_images))} did not reach sigma 0")
-        return Report(trace, notes=tuple(notes))
+        return Report(trace, notes=() if self._state is None else self._state.choice.notes)
 
 
 def _put(rows: torch.Tensor, index: torch.Tensor | None, total: int) -> torch.Tensor:

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a tick costs: dense against plain, all-reuse, finished images, mixed decisions. Ratios in one run.
+
+    python benches/bench_tick.py [--rounds 7] [--batch 8] [--save NAME]
+
+Tiny SD3, real weights. Rounds are interleaved; every figure is the median over rounds of the median tick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from statistics import median
+from typing import Any
+
+import torch
+from record import save
+
+import rapid3rt
+from rapid3rt.tiny.scenes import sample
+from rapid3rt.types import COMPUTE, REUSE, ComputeDecision, DenoiseState, Run, StepDecision
+
+STEPS = 14
+
+
+class Script:
+    """Per image and tick: computes in its first tick and wherever `pattern(image, tick)` says so, then ends early."""
+
+    name, leaves_grid = "script", False
+
+    def __init__(self, pattern: Any, ends: int | None = None) -> None:
+        self.pattern, self.ends = pattern, ends
+        self.grid = torch.empty(0)
+
+    def begin(self, run: Run) -> None:
+        self.grid = torch.tensor(run.sigmas)
+
+    def decide_compute(self, state: DenoiseState) -> ComputeDecision:
+        wants = [COMPUTE if self.pattern(i, state.tick) else REUSE for i in range(len(state.sigma))]
+        action = torch.tensor(wants, dtype=torch.int8)
+        return ComputeDecision(action=action, sparsity=torch.zeros(len(wants), dtype=torch.int32))
+
+    def decide_step(self, state: DenoiseState, velocity: torch.Tensor) -> StepDecision:
+        target = self.grid[state.tick + 1].expand(len(state.sigma)).clone()
+        if self.ends is not None and state.tick >= self.ends:
+            target[: len(target) // 2] = 0
+        return StepDecision(next_sigma=target)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--save", default=None)
+    options = parser.parse_args()
+    pipe = rapid3rt.load_tiny("sd3")
+    pipe.set_progress_bar_config(disable=True)
+    prompts = [s.caption for s in sample(options.batch, 0)]
+    stamps: list[float] = []
+
+    def stamp(_pipe: Any, _step: int, _t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        stamps.append(time.perf_counter())
+        return kwargs
+
+    def ticks(policy: Any, batch: int = options.batch) -> list[float]:
+        """Milliseconds of ticks 1 to the last but one."""
+        stamps.clear()
+        if policy is not None:
+            rapid3rt.accelerate(pipe, policy)
+        try:
+            generators = [torch.Generator().manual_seed(i) for i in range(batch)]
+            pipe(
+                prompts[:batch],
+                num_inference_steps=STEPS,
+                generator=generators,
+                output_type="latent",
+                callback_on_step_end=stamp,
+            )
+        finally:
+            if policy is not None:
+                rapid3rt.restore(pipe)
+        return [1000 * (b - a) for a, b in zip(stamps, stamps[1:], strict=False)]
+
+    half = options.batch // 2
+    cases: dict[str, Any] = {
+        "plain": (None, options.batch, slice(None)),
+        "plain, half batch": (None, half, slice(None)),
+        "dense": ("dense", options.batch, slice(None)),
+        "all reuse": (Script(lambda i, t: t == 0), options.batch, slice(1, -1)),
+        "half computes, half reuses": (Script(lambda i, t: t == 0 or i % 2), options.batch, slice(1, -1)),
+        "half finished": (Script(lambda i, t: True, ends=1), options.batch, slice(2, -1)),
+        "all finished": (Script(lambda i, t: True, ends=1), 1, slice(2, -1)),
+    }
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(options.rounds):
+        for name, (policy, batch, part) in cases.items():
+            times[name].append(median(ticks(policy, batch)[part]))
+    ms = {name: median(t) for name, t in times.items()}
+    ratios = {
+        "dense / plain (target <= 1.03)": ms["dense"] / ms["plain"],
+        "all reuse / dense (target <= 0.05)": ms["all reuse"] / ms["dense"],
+        "half reuse / (half batch + half of all reuse) (target <= 1.08)": ms["half computes, half reuses"]
+        / (ms["plain, half batch"] + ms["all reuse"] / 2),
+        "half finished / half batch (target <= 1.08)": ms["half finished"] / ms["plain, half batch"],
+    }
+    for name, value in ms.items():
+        print(f"{name:<32}{value:>10.2f} ms   (rounds {min(times[name]):.2f} to {max(times[name]):.2f})")
+    print()
+    for name, value in ratios.items():
+        print(f"{name:<66}{value:>8.3f}")
+    if options.save:
+        print(f"saved to {save(options.save, {'ms': ms, 'ratios': ratios, 'batch': options.batch})}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: demo, generate, calibrate, doctor, bench."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ImportError:
+    sys.exit("the rapid3rt command needs the extra rapid3rt[cli]: pip install 'rapid3rt[cli]'")
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Diffusion Transformers, several times faster.")
+console = Console()
+
+
+def _quiet() -> None:
+    """Other libraries' notes about optional parts have no place between a user and a table."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+
+def _load(model: str) -> Any:
+    """A bundled tiny pipeline by name, else a folder or hub id."""
+    from rapid3rt.tiny import ASSETS, load_tiny
+
+    if (ASSETS / model / "model_index.json").is_file():
+        return load_tiny(model)
+    import torch
+    from diffusers import DiffusionPipeline
+
+    on_gpu = torch.cuda.is_available()
+    pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=torch.bfloat16 if on_gpu else torch.float32)
+    return pipe.to("cuda" if on_gpu else "cpu")
+
+
+def _print_table(rows: list[list[str]], title: str) -> None:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for i, name in enumerate(rows[0]):
+        table.add_column(name, justify="left" if name in ("way", "caption") else "right", no_wrap=i < len(rows[0]) - 1)
+    for row in rows[1:]:
+        table.add_row(*row)
+    console.print(table)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for pictures and traces")] = Path("demo"),
+    model: Annotated[str, typer.Option(help="bundled tiny pipeline")] = "sd3",
+    policy: Annotated[str, typer.Option(help="any policy that accelerate takes")] = "auto",
+    speed: Annotated[float, typer.Option(help="plain steps over ours")] = 4.0,
+    rival: Annotated[str, typer.Option(help="diffusers solver of the fourth row")] = "UniPC",
+    quick: Annotated[bool, typer.Option(help="time one round instead of three")] = False,
+) -> None:
+    """Make eight prompts plain and accelerated; print tables, write pictures and the trace."""
+    _quiet()
+    from rich.progress import Progress, SpinnerColumn, TextColumn
+
+    from rapid3rt.tiny import demo as show
+
+    pipe = _load(model)
+    pipe.set_progress_bar_config(disable=True)
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), console=console, transient=True) as bar:
+        bar.add_task("eight prompts, four ways, timed side by side (a minute or two on a laptop)")
+        result = show.run(pipe, policy, speed, rival, rounds=1 if quick else 3)
+    ways, per_image = show.tables(result)
+    _print_table(ways, "the batch, four ways (whole pipeline call; error and PSNR against plain 28 steps)")
+    _print_table(per_image, "rapid3rt, image by image")
+    for note in result.report.notes:
+        console.print(f"note: {note}", highlight=False)
+    out.mkdir(parents=True, exist_ok=True)
+    show.draw_comparison(result, out / "comparison.png")
+    result.report.plot(out / "timeline.png", labels=[s.caption for s in result.scenes])
+    result.report.save(out / "trace.json")
+    console.print(f"total speed-up {result.speedup:.2f}x, measured here; pictures and trace in {out}/", style="bold")
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], typer.Argument(help="one image each")],
+    model: Annotated[str, typer.Option(help="bundled tiny pipeline, folder or hub id")] = "sd3",
+    out: Annotated[Path, typer.Option(help="folder for the images")] = Path("images"),
+    policy: Annotated[str, typer.Option(help="any policy that accelerate takes")] = "auto",
+    budget: Annotated[int | None, typer.Option(help="evaluations per image, hard cap")] = None,
+    speed: Annotated[float | None, typer.Option(help="plain steps over ours")] = None,
+    steps: Annotated[int, typer.Option(help="steps of the plain pipeline")] = 28,
+    seed: Annotated[int, typer.Option(help="noise of the first image")] = 0,
+) -> None:
+    """Generate images with an accelerated pipeline and print what each one was spared."""
+    _quiet()
+    import torch
+
+    import rapid3rt
+
+    pipe = _load(model)
+    rapid3rt.accelerate(pipe, policy, budget=budget, speed=speed)
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    images = pipe(prompts, num_inference_steps=steps, generator=generators).images
+    out.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        image.save(out / f"{i:03d}.png")
+    console.print(str(rapid3rt.report(pipe)), highlight=False, markup=False)
+    console.print(f"{len(images)} images in {out}/")
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="bundled tiny pipeline, folder or hub id")],
+    prompts: Annotated[Path, typer.Option(help="text file, a prompt per line")],
+    out: Annotated[Path, typer.Option(help="policy folder; the same folder resumes")],
+    steps: Annotated[int, typer.Option(help="steps of the plain pipeline")] = 28,
+    evaluations: Annotated[int, typer.Option(help="grids to try")] = 40,
+    seed: Annotated[int, typer.Option(help="noise")] = 0,
+) -> None:
+    """Fit a sigma grid to a model from a dozen prompts; minutes, no training."""
+    _quiet()
+    import rapid3rt
+    from rapid3rt.calibrate import format_table
+
+    lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
+    if not lines:
+        raise typer.BadParameter(f"must hold at least one prompt, got an empty {prompts}", param_hint="--prompts")
+    folder = rapid3rt.calibrate(
+        _load(model), lines, out, num_inference_steps=steps, evaluations=evaluations, seed=seed
+    )
+    console.print(format_table(folder.provenance["mean_squared_error"]), highlight=False)
+    console.print(f"use it with rapid3rt.accelerate(pipe, policy={str(out)!r}, speed=2.5)", highlight=False)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has and what will run."""
+    _quiet()
+    import platform
+
+    import diffusers
+    import torch
+
+    import rapid3rt
+    from rapid3rt import ops
+
+    facts = [
+        ("rapid3rt", rapid3rt.__version__),
+        ("python", platform.python_version()),
+        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        ("diffusers", diffusers.__version__),
+        ("CUDA", torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"),
+        ("kernels", ops.describe_backend()),
+    ]
+    for name, value in facts:
+        console.print(f"{name:<10} {value}", highlight=False)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Run the microbenchmarks of a checkout: arguments go to benches/bench_ops.py."""
+    script = Path(__file__).parent.parent / "benches" / "bench_ops.py"
+    if not script.is_file():
+        raise typer.BadParameter("benchmarks live in a checkout of the project, this is an installed wheel")
+    import subprocess
+
+    raise typer.Exit(subprocess.call([sys.executable, str(script), *context.args]))
+
+
+def main() -> None:
+    """Entry point: errors of the caller's making are one line, not a traceback."""
+    from rapid3rt.errors import StateError, UnsupportedError
+
+    try:
+        app()
+    except (ValueError, UnsupportedError, StateError) as error:
+        console.print(f"error: {error}", style="red", highlight=False, markup=False)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The multistep solvers that every diffusers user can switch on, set up for flow matching at a pipeline's own shift."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from diffusers import (
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    UniPCMultistepScheduler,
+)
+
+SOLVERS = {
+    "DPM++ 2M": DPMSolverMultistepScheduler,
+    "UniPC": UniPCMultistepScheduler,
+    "DEIS": DEISMultistepScheduler,
+}
+
+
+@contextmanager
+def solver(pipe: Any, name: str) -> Iterator[None]:
+    """Run the (plain) pipeline under one of `SOLVERS` while the context is open."""
+    plain = pipe.scheduler
+    pipe.scheduler = SOLVERS[name](
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=float(plain.shift)
+    )
+    try:
+        yield
+    finally:
+        pipe.scheduler = plain
