@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration end to end on the tiny pipeline: it improves, resumes without recomputing, and its folder drives a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import rapid3rt
+from rapid3rt.policies.folder import PolicyFolder
+from rapid3rt.tiny.scenes import sample
+
+PROMPTS = [s.caption for s in sample(2, 0, "calibration")]
+SETTINGS: dict[str, Any] = {
+    "num_inference_steps": 8,
+    "evaluations": 10,
+    "call": {"max_sequence_length": 1},
+    "progress": False,
+}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    pipe = rapid3rt.load_tiny("sd3")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.slow
+def test_calibration_finds_a_better_grid_and_resumes(pipe: Any, tmp_path: Path) -> None:
+    folder = rapid3rt.calibrate(pipe, PROMPTS, tmp_path / "policy", **SETTINGS)
+    table = folder.provenance["mean_squared_error"]
+    assert table["calibrated"]["6"] < table["plain"]["6"]
+    assert folder.costs.measured
+    assert folder.costs.reuse < 0.5 < folder.costs.levels[0]
+    calls = 0
+    real = type(pipe).__call__
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return real(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(pipe), "__call__", counted)
+        again = rapid3rt.calibrate(pipe, PROMPTS, tmp_path / "policy", **SETTINGS)
+    assert again == folder
+    assert calls == 0
+    assert PolicyFolder.load(tmp_path / "policy") == folder
+    rapid3rt.accelerate(pipe, policy=str(tmp_path / "policy"), budget=5)
+    try:
+        pipe(PROMPTS, num_inference_steps=8, max_sequence_length=1, generator=torch.Generator().manual_seed(0))
+        assert [i.nfe for i in rapid3rt.report(pipe).images] == [5, 5]
+    finally:
+        rapid3rt.restore(pipe)
+    with pytest.raises(ValueError, match="out must be a new folder"):
+        rapid3rt.calibrate(pipe, PROMPTS[:1], tmp_path / "policy", **SETTINGS)
+
+
+def test_calibration_refuses_no_prompts_and_too_few_steps(pipe: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="prompts must hold"):
+        rapid3rt.calibrate(pipe, [], tmp_path)
+    with pytest.raises(ValueError, match="num_inference_steps must be at least 8"):
+        rapid3rt.calibrate(pipe, PROMPTS, tmp_path, num_inference_steps=4)
+    assert rapid3rt.check(pipe).supported

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line as a user types it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from rapid3rt.cli import app
+from rapid3rt.planning.trace import Trace
+
+
+@pytest.mark.slow
+def test_the_demo_shows_four_ways_and_writes_pictures_and_a_trace(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["demo", "--quick", "--out", str(tmp_path)], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    for words in ("plain, 28 steps", "UniPC", "rapid3rt", "total speed-up"):
+        assert words in result.output
+    assert Image.open(tmp_path / "comparison.png").width > 1000
+    assert Image.open(tmp_path / "timeline.png").width > 400
+    assert len(Trace.load(tmp_path / "trace.json").images) == 8
+
+
+def test_generate_writes_one_image_per_prompt(tmp_path: Path) -> None:
+    prompts = ["a red circle center on plain navy ground", "a green ring top on dotted teal ground"]
+    arguments = ["generate", *prompts, "--out", str(tmp_path), "--steps", "8", "--budget", "3"]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["000.png", "001.png"]
+    assert Image.open(tmp_path / "000.png").size == (64, 64)
+
+
+def test_doctor_names_what_runs() -> None:
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0
+    assert "torch" in result.output
+    assert "kernels" in result.output
