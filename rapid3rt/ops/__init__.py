@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from rapid3rt.ops import checks, library, reference
-from rapid3rt.ops.backends import BACKENDS, choose, info
+from rapid3rt.ops.backends import BACKENDS, check_backend, choose, describe_backend, info
 
 __all__ = [
     "BACKENDS",
@@ -24,6 +24,9 @@ __all__ = [
     "cache_lookup",
     "cache_lookup_norm",
     "cache_store",
+    "check_backend",
+    "describe_backend",
+    "choose",
     "gate_residual",
     "gather_rows",
     "info",

@@ -61,6 +61,36 @@ def choose(backend: str | None, device_type: str) -> str:
     return _chosen[key]
 
 
+def check_backend(backend: str | None) -> None:
+    """Raise now what an explicit choice would raise at the first call.
+
+    Raises
+    ------
+    ValueError: no such backend. UnsupportedError: none of the devices of this machine has it.
+    """
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    reasons = []
+    for device_type in devices:
+        try:
+            _resolve(backend or envs.backend() or "reference", device_type)
+        except UnsupportedError as error:
+            reasons.append(str(error))
+    if len(reasons) == len(devices):
+        raise UnsupportedError("; ".join(reasons))
+
+
+def describe_backend() -> str:
+    """One line: which backend serves the CPU, or why the native one does not."""
+    chosen = envs.backend()
+    if chosen is not None:
+        return f"{chosen} (RAPID3RT_BACKEND)"
+    built = native.info()
+    if not built["available"]:
+        return f"reference ({built['reason']})"
+    threads = "OpenMP" if built["openmp"] else "one thread, no OpenMP"
+    return f"native on CPU ({', '.join(built['isas'])}; {threads}), reference elsewhere"
+
+
 def info() -> dict[str, Any]:
     """What each backend offers here, and why not where it does not."""
     flex = _missing_reason("flex", "cuda")

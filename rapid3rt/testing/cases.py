@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cases of every op: the shapes that tests check are the shapes that benches time.
+
+A case knows how to make its inputs from its name alone (the name seeds them), and how many floating-point operations
+and bytes its op must spend: bytes count each tensor that the op must touch once.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One call of one op.
+
+    make: generator and dtype to the op's positional arguments. flops: arithmetic of the call. values: elements of the
+    op's dtype that the call reads and writes. writes: positions of the arguments that the op writes.
+    """
+
+    op: str
+    name: str
+    make: Callable[[torch.Generator, torch.dtype], tuple[Any, ...]]
+    flops: int
+    values: int
+    writes: tuple[int, ...] = ()
+    bench: bool = False
+
+    def arguments(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        """Make fresh inputs; the same for the same case and dtype."""
+        seed = zlib.crc32(f"{self.op} {self.name}".encode())
+        return self.make(torch.Generator().manual_seed(seed), dtype)
+
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes that the call must move."""
+        return self.values * dtype.itemsize
+
+
+def permuted_rows(g: torch.Generator, total: int, num_rows: int) -> torch.Tensor:
+    """Unique ids in a random order: int32 `[num_rows]`."""
+    return torch.randperm(total, generator=g)[:num_rows].to(torch.int32)
+
+
+def _normal(g: torch.Generator, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=g).to(dtype)
+
+
+def _gather(shape: tuple[int, ...], num_rows: int, bench: bool = False) -> Case:
+    size = num_rows * torch.Size(shape[1:]).numel()
+    return Case(
+        op="gather_rows",
+        name=f"{shape} rows {num_rows}",
+        make=lambda g, dtype: (_normal(g, dtype, *shape), permuted_rows(g, shape[0], num_rows)),
+        flops=0,
+        values=2 * size,
+        bench=bench,
+    )
+
+
+def _scatter(shape: tuple[int, ...], num_rows: int, bench: bool = False) -> Case:
+    size = num_rows * torch.Size(shape[1:]).numel()
+    return Case(
+        op="scatter_rows",
+        name=f"{shape} rows {num_rows}",
+        make=lambda g, dtype: (
+            _normal(g, dtype, *shape),
+            _normal(g, dtype, num_rows, *shape[1:]),
+            permuted_rows(g, shape[0], num_rows),
+        ),
+        flops=0,
+        values=2 * size,
+        writes=(0,),
+        bench=bench,
+    )
+
+
+def _lookup(rows: int, orders: int, tokens: int, width: int, bench: bool = False) -> Case:
+    size = rows * tokens * width
+
+    def make(g: torch.Generator, dtype: torch.dtype) -> tuple[Any, ...]:
+        embedded = _normal(g, dtype, rows, tokens, width)
+        slots = _normal(g, dtype, rows + 2, orders, tokens, width)
+        coef = torch.randn((rows, orders), generator=g)
+        return embedded, slots, permuted_rows(g, rows + 2, rows), coef
+
+    return Case(
+        op="cache_lookup",
+        name=f"R{rows} O{orders} I{tokens} D{width}",
+        make=make,
+        flops=2 * orders * size,
+        values=(2 + orders) * size,
+        bench=bench,
+    )
+
+
+def _lookup_norm(rows: int, orders: int, tokens: int, width: int, bench: bool = False) -> Case:
+    base = _lookup(rows, orders, tokens, width)
+    size = rows * tokens * width
+
+    def make(g: torch.Generator, dtype: torch.dtype) -> tuple[Any, ...]:
+        modulation = (_normal(g, dtype, rows, width), _normal(g, dtype, rows, width))
+        return *base.make(g, dtype), *modulation, 1e-6
+
+    return Case(
+        op="cache_lookup_norm",
+        name=base.name,
+        make=make,
+        flops=base.flops + 8 * size,
+        values=base.values,
+        bench=bench,
+    )
+
+
+def _store(rows: int, orders: int, tokens: int, width: int, bench: bool = False) -> Case:
+    size = rows * tokens * width
+
+    def make(g: torch.Generator, dtype: torch.dtype) -> tuple[Any, ...]:
+        slots = _normal(g, dtype, rows + 2, orders, tokens, width)
+        out, embedded = (_normal(g, dtype, rows, tokens, width) for _ in range(2))
+        gap = torch.rand(rows, generator=g) * 0.1 + 0.01
+        gap[::3] = 0
+        return slots, out, embedded, permuted_rows(g, rows + 2, rows), gap
+
+    return Case(
+        op="cache_store",
+        name=f"R{rows} O{orders} I{tokens} D{width}",
+        make=make,
+        flops=(6 + 2 * orders) * size,
+        values=(2 + 2 * orders) * size,
+        writes=(0,),
+        bench=bench,
+    )
+
+
+def _modulate(
+    rows: int, tokens: int, width: int, affine: bool, rms: bool, bench: bool = False
+) -> Case:
+    size = rows * tokens * width
+
+    def make(g: torch.Generator, dtype: torch.dtype) -> tuple[Any, ...]:
+        x = _normal(g, dtype, rows, tokens, width)
+        scale, shift = (_normal(g, dtype, rows, width) for _ in range(2))
+        weight, bias = (_normal(g, dtype, width) if affine else None for _ in range(2))
+        return x, scale, shift, weight, bias, 1e-6, rms
+
+    return Case(
+        op="norm_modulate",
+        name=f"R{rows} I{tokens} D{width}{' affine' * affine}{' rms' * rms}",
+        make=make,
+        flops=8 * size,
+        values=2 * size,
+        bench=bench,
+    )
+
+
+def _gate(rows: int, tokens: int, width: int, bench: bool = False) -> Case:
+    size = rows * tokens * width
+    return Case(
+        op="gate_residual",
+        name=f"R{rows} I{tokens} D{width}",
+        make=lambda g, dtype: (
+            _normal(g, dtype, rows, tokens, width),
+            _normal(g, dtype, rows, width),
+            _normal(g, dtype, rows, tokens, width),
+        ),
+        flops=2 * size,
+        values=3 * size,
+        bench=bench,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heads:
+    """Geometry of an attention case: image tokens first, then text."""
+
+    rows: int
+    heads: int
+    image: int
+    text: int
+    head_dim: int
+    block: int
+
+    @property
+    def tokens(self) -> int:
+        """N, joint tokens."""
+        return self.image + self.text
+
+    def __str__(self) -> str:
+        return f"R{self.rows} H{self.heads} N{self.image}+{self.text} K{self.head_dim} block {self.block}"
+
+
+def packed_heads(
+    g: torch.Generator, dtype: torch.dtype, geometry: Heads
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k, v `[R, H, N, K]` as views of one packed projection, the layout of diffusers."""
+    shape = (geometry.rows, geometry.tokens, 3, geometry.heads, geometry.head_dim)
+    q, k, v = _normal(g, dtype, *shape).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+def _block_lists(geometry: Heads, keep: tuple[int, ...], bench: bool = False) -> Case:
+    def make(g: torch.Generator, dtype: torch.dtype) -> tuple[Any, ...]:
+        q, k, _ = packed_heads(g, dtype, geometry)
+        # Small integers: sums are exact in any order, so that the choice does not depend on rounding.
+        q, k = (t.float().mul(2).round().clamp(-4, 4).to(dtype) for t in (q, k))
+        rows = torch.tensor([keep[i % len(keep)] for i in range(geometry.rows)], dtype=torch.int32)
+        text = (geometry.image, geometry.text)
+        return q, k, rows, *text, geometry.block, geometry.block, geometry.head_dim**-0.5
+
+    size = geometry.rows * geometry.heads * geometry.tokens * geometry.head_dim
+    blocks = -(-geometry.tokens // geometry.block)
+    scores = geometry.rows * geometry.heads * blocks**2 * geometry.head_dim
+    return Case(
+        op="build_block_lists",
+        name=f"{geometry} keep {keep}",
+        make=make,
+        flops=2 * size + 2 * scores,
+        values=2 * size,
+        bench=bench,
+    )
+
+
+def random_lists(
+    g: torch.Generator, geometry: Heads, density: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Bernoulli lists: count, index with garbage beyond count, and a random permutation as order."""
+    blocks = -(-geometry.tokens // geometry.block)
+    shape = (geometry.rows, geometry.heads, blocks, blocks)
+    listed = torch.rand(shape, generator=g) < density
+    count = listed.sum(-1, dtype=torch.int32)
+    index = torch.argsort((~listed).to(torch.uint8), dim=-1, stable=True).to(torch.int32)
+    index[~(torch.arange(blocks) < count[..., None])] = 2**31 - 1
+    order = torch.randperm(count.numel(), generator=g).to(torch.int32)
+    return count, index, order
+
+
+def _attention(
+    geometry: Heads, density: float, *, ragged: bool = False, gain: float = 1.0, bench: bool = False
+) -> Case:
+    def make(g: torch.Generator, dtype: torch.dtype) -> tuple[Any, ...]:
+        q, k, v = packed_heads(g, dtype, geometry)
+        mode = (torch.arange(geometry.rows * geometry.heads) % 3 != 2).to(torch.uint8)
+        if bench:
+            mode.fill_(1)
+        mode = mode.view(geometry.rows, geometry.heads)
+        kv_len = None
+        if ragged:
+            kv_len = torch.randint(0, geometry.tokens + 1, (geometry.rows,), generator=g)
+            kv_len = kv_len.to(torch.int32)
+        lists = random_lists(g, geometry, density)
+        scale = gain * geometry.head_dim**-0.5
+        return q, k, v, mode, *lists, kv_len, geometry.block, geometry.block, scale, True
+
+    size = geometry.rows * geometry.heads * geometry.tokens * geometry.head_dim
+    return Case(
+        op="block_sparse_attention",
+        name=f"{geometry} density {density}{' ragged' * ragged}{f' gain {gain}' * (gain != 1)}",
+        make=make,
+        flops=int(4 * size * geometry.tokens * density),
+        values=4 * size,
+        bench=bench,
+    )
+
+
+def _attention_in_place(geometry: Heads, density: float) -> Case:
+    base = _attention(geometry, density)
+
+    def make(g: torch.Generator, dtype: torch.dtype) -> tuple[Any, ...]:
+        q, k, v, mode, *rest, _ = base.make(g, dtype)
+        mode[0, 0] = 2
+        out = torch.full_like(q.contiguous(), 7.0)
+        lse = torch.full(q.shape[:3], 7.0)
+        return out, lse, q, k, v, mode, *rest
+
+    return Case(
+        op="block_sparse_attention_",
+        name=base.name,
+        make=make,
+        flops=base.flops,
+        values=base.values,
+        writes=(0, 1),
+    )
+
+
+def _geometries(tokens: tuple[int, ...], block: int) -> Iterator[Heads]:
+    for n in tokens:
+        text = n // 5
+        yield Heads(rows=2, heads=3, image=n - text, text=text, head_dim=64, block=block)
+
+
+TINY = Heads(rows=16, heads=2, image=256, text=64, head_dim=64, block=32)
+SMALL = Heads(rows=2, heads=2, image=100, text=37, head_dim=40, block=32)
+
+CASES: tuple[Case, ...] = (
+    _gather((16, 256, 128), 16, bench=True),
+    _gather((5, 3, 7), 2),
+    _gather((4, 1), 1),
+    _gather((6, 4, 4), 0),
+    _scatter((16, 256, 128), 16, bench=True),
+    _scatter((5, 4, 3, 3), 3),
+    _scatter((7, 1), 7),
+    _scatter((6, 4, 4), 0),
+    *(
+        make(rows, orders, tokens, width, bench)
+        for make in (_lookup, _lookup_norm, _store)
+        for rows, orders, tokens, width, bench in (
+            (16, 1, 256, 128, True),
+            (3, 3, 65, 40, False),
+            (1, 2, 1, 1, False),
+            (2, 1, 129, 203, False),
+            (0, 1, 8, 8, False),
+        )
+    ),
+    _modulate(16, 256, 128, affine=False, rms=False, bench=True),
+    _modulate(3, 63, 203, affine=True, rms=False),
+    _modulate(2, 1, 17, affine=True, rms=True),
+    _modulate(2, 65, 64, affine=False, rms=True),
+    _gate(16, 256, 128, bench=True),
+    _gate(3, 63, 203),
+    _block_lists(TINY, (4,), bench=True),
+    _block_lists(SMALL, (2, 0)),
+    _block_lists(SMALL, (1, 99)),
+    *(_block_lists(geometry, (3, 1)) for geometry in _geometries((1, 31, 64, 239), 32)),
+    _block_lists(Heads(rows=1, heads=2, image=256, text=0, head_dim=64, block=64), (2,)),
+    _block_lists(Heads(rows=1, heads=1, image=0, text=40, head_dim=64, block=32), (2,)),
+    _attention(TINY, 0.5, bench=True),
+    _attention(TINY, 0.25, bench=True),
+    _attention(SMALL, 0.3, ragged=True),
+    _attention(SMALL, 0.5, gain=30.0),
+    *(_attention(geometry, 0.4) for geometry in _geometries((1, 3, 63, 65, 129, 239), 32)),
+    *(_attention(geometry, 0.5, ragged=True) for geometry in _geometries((64, 127, 203), 64)),
+    _attention(Heads(rows=1, heads=1, image=300, text=20, head_dim=128, block=128), 0.5),
+    _attention_in_place(SMALL, 0.5),
+    _attention_in_place(Heads(rows=3, heads=1, image=64, text=1, head_dim=64, block=64), 0.9),
+)
+
+
+def cases_of(*ops: str) -> list[Case]:
+    """The cases of some ops."""
+    return [case for case in CASES if case.op in ops]
