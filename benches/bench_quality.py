@@ -46,19 +46,36 @@ def plainly() -> Any:
 class World:
     """The pairs, and every way's images for them, from the cache where they exist."""
 
-    def __init__(self, pipe: Any, scenes: list[Scene], seed: int, tokens: int, cache: Path | None) -> None:
-        self.pipe, self.scenes, self.seed, self.tokens, self.cache = pipe, scenes, seed, tokens, cache
+    def __init__(
+        self, pipe: Any, scenes: list[Scene], seed: int, tokens: int, cache: Path | None
+    ) -> None:
+        self.pipe, self.scenes, self.seed, self.tokens, self.cache = (
+            pipe,
+            scenes,
+            seed,
+            tokens,
+            cache,
+        )
 
-    def images(self, name: str, steps: int, way: Callable[[], AbstractContextManager[Any]]) -> torch.Tensor:
+    def images(
+        self, name: str, steps: int, way: Callable[[], AbstractContextManager[Any]]
+    ) -> torch.Tensor:
         """float32 `[n, 3, 64, 64]` in -1..1."""
         chunks = []
         for start in tqdm(range(0, len(self.scenes), BATCH), desc=name, leave=False):
-            path = self.cache / f"{name.replace('/', '_').replace(' ', '_')}-{start}.safetensors" if self.cache else None
+            path = (
+                self.cache / f"{name.replace('/', '_').replace(' ', '_')}-{start}.safetensors"
+                if self.cache
+                else None
+            )
             if path is not None and path.exists():
                 chunks.append(load_file(path)["images"].float())
                 continue
             scenes = self.scenes[start : start + BATCH]
-            generators = [torch.Generator().manual_seed(self.seed * 100_003 + start + i) for i in range(len(scenes))]
+            generators = [
+                torch.Generator().manual_seed(self.seed * 100_003 + start + i)
+                for i in range(len(scenes))
+            ]
             with way():
                 images = self.pipe(
                     [s.caption for s in scenes],
@@ -85,10 +102,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=512)
     parser.add_argument("--steps", type=int, nargs="+", default=[6, 8])
-    parser.add_argument("--iso", type=int, nargs="*", default=[7, 10, 12], help="further k for ours alone")
+    parser.add_argument(
+        "--iso", type=int, nargs="*", default=[7, 10, 12], help="further k for ours alone"
+    )
     parser.add_argument("--split", default="test")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokens", type=int, default=8, help="T5 tokens (all empty); the pipeline's default is 256")
+    parser.add_argument(
+        "--tokens", type=int, default=8, help="T5 tokens (all empty); the pipeline's default is 256"
+    )
     parser.add_argument("--cache", type=Path, default=None)
     parser.add_argument("--save", default=None)
     options = parser.parse_args()
@@ -97,14 +118,19 @@ def main() -> None:
     scenes = sample(options.pairs, options.seed, options.split)
     world = World(pipe, scenes, options.seed, options.tokens, options.cache)
     rng = np.random.default_rng(0)
-    reference = world.images("reference", REFERENCE, lambda: accelerated(pipe, f"steps:{REFERENCE}/trim/ab2"))
+    reference = world.images(
+        "reference", REFERENCE, lambda: accelerated(pipe, f"steps:{REFERENCE}/trim/ab2")
+    )
 
     def errors(images: torch.Tensor) -> np.ndarray:
         return (images - reference).square().mean((1, 2, 3)).numpy()
 
     plain = world.images("plain-28", PLAIN, plainly)
     results: dict[str, Any] = {}
-    scenes_score = {"plain-28": score((plain + 1) / 2, scenes), "reference": score((reference + 1) / 2, scenes)}
+    scenes_score = {
+        "plain-28": score((plain + 1) / 2, scenes),
+        "reference": score((reference + 1) / 2, scenes),
+    }
     table: dict[str, np.ndarray] = {"plain-28": errors(plain)}
     psnr: dict[str, float] = {}
 
@@ -120,7 +146,11 @@ def main() -> None:
         for s in SOLVERS:
             add(f"{s} k={k}", k, lambda s=s: solver(pipe, s))
         for suffix in ("trim", "trim/ab2"):
-            add(f"steps/{suffix} k={k}", PLAIN, lambda k=k, suffix=suffix: accelerated(pipe, f"steps:{k}/{suffix}"))
+            add(
+                f"steps/{suffix} k={k}",
+                PLAIN,
+                lambda k=k, suffix=suffix: accelerated(pipe, f"steps:{k}/{suffix}"),
+            )
     for k in sorted({*options.steps, *options.iso}):
         add(f"rapid3rt k={k}", PLAIN, lambda k=k: accelerated(pipe, "auto", budget=k))
     print(f"{'way':<24}{'m x 1e3':>9}  {'95 % interval':<18}{'score':>7}{'PSNR to plain':>15}")
@@ -135,7 +165,9 @@ def main() -> None:
         }
         shown = f"{psnr[name]:>13.1f} dB" if name in psnr else ""
         points = scenes_score[name].mean()
-        print(f"{name:<24}{1000 * m.mean():>9.3f}  {1000 * low:.3f} .. {1000 * high:<9.3f}{points:>7.3f}{shown}")
+        print(
+            f"{name:<24}{1000 * m.mean():>9.3f}  {1000 * low:.3f} .. {1000 * high:<9.3f}{points:>7.3f}{shown}"
+        )
     ratios = {}
     for k in options.steps:
         ours = table[f"rapid3rt k={k}"]
@@ -148,9 +180,17 @@ def main() -> None:
     for name, value in ratios.items():
         print(f"{name:<40}{value:>7.3f}")
     print(f"spread of log m({options.steps[0]}) at order 2: {spread:.2f}")
-    print(f"iso-accuracy speed-up over plain {PLAIN} steps: {'not reached' if iso is None else f'{iso:.2f}x'}")
+    print(
+        f"iso-accuracy speed-up over plain {PLAIN} steps: {'not reached' if iso is None else f'{iso:.2f}x'}"
+    )
     if options.save:
-        summary = {"pairs": options.pairs, "split": options.split, "ratios": ratios, "spread": spread, "iso": iso}
+        summary = {
+            "pairs": options.pairs,
+            "split": options.split,
+            "ratios": ratios,
+            "spread": spread,
+            "iso": iso,
+        }
         print(f"saved to {save(options.save, {**summary, 'ways': results})}")
 
 

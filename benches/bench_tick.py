@@ -9,6 +9,7 @@ Tiny SD3, real weights. Rounds are interleaved; every figure is the median over 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from statistics import median
 from typing import Any
@@ -79,7 +80,7 @@ def main() -> None:
         finally:
             if policy is not None:
                 rapid3rt.restore(pipe)
-        return [1000 * (b - a) for a, b in zip(stamps, stamps[1:], strict=False)]
+        return [1000 * (b - a) for a, b in itertools.pairwise(stamps)]
 
     half = options.batch // 2
     cases: dict[str, Any] = {
@@ -87,7 +88,11 @@ def main() -> None:
         "plain, half batch": (None, half, slice(None)),
         "dense": ("dense", options.batch, slice(None)),
         "all reuse": (Script(lambda i, t: t == 0), options.batch, slice(1, -1)),
-        "half computes, half reuses": (Script(lambda i, t: t == 0 or i % 2), options.batch, slice(1, -1)),
+        "half computes, half reuses": (
+            Script(lambda i, t: t == 0 or i % 2),
+            options.batch,
+            slice(1, -1),
+        ),
         "half finished": (Script(lambda i, t: True, ends=1), options.batch, slice(2, -1)),
         "all finished": (Script(lambda i, t: True, ends=1), 1, slice(2, -1)),
     }
@@ -99,17 +104,24 @@ def main() -> None:
     ratios = {
         "dense / plain (target <= 1.03)": ms["dense"] / ms["plain"],
         "all reuse / dense (target <= 0.05)": ms["all reuse"] / ms["dense"],
-        "half reuse / (half batch + half of all reuse) (target <= 1.08)": ms["half computes, half reuses"]
+        "half reuse / (half batch + half of all reuse) (target <= 1.08)": ms[
+            "half computes, half reuses"
+        ]
         / (ms["plain, half batch"] + ms["all reuse"] / 2),
-        "half finished / half batch (target <= 1.08)": ms["half finished"] / ms["plain, half batch"],
+        "half finished / half batch (target <= 1.08)": ms["half finished"]
+        / ms["plain, half batch"],
     }
     for name, value in ms.items():
-        print(f"{name:<32}{value:>10.2f} ms   (rounds {min(times[name]):.2f} to {max(times[name]):.2f})")
+        print(
+            f"{name:<32}{value:>10.2f} ms   (rounds {min(times[name]):.2f} to {max(times[name]):.2f})"
+        )
     print()
     for name, value in ratios.items():
         print(f"{name:<66}{value:>8.3f}")
     if options.save:
-        print(f"saved to {save(options.save, {'ms': ms, 'ratios': ratios, 'batch': options.batch})}")
+        print(
+            f"saved to {save(options.save, {'ms': ms, 'ratios': ratios, 'batch': options.batch})}"
+        )
 
 
 if __name__ == "__main__":

@@ -18,9 +18,16 @@ RESULTS = Path(__file__).parent / "results"
 def machine() -> dict[str, Any]:
     """Processor, its features that matter, threads, versions, commit and the command line."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), "")
-    flags = next((line.split(":")[1].split() for line in info.splitlines() if line.startswith("flags")), [])
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    name = next(
+        (line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")),
+        "",
+    )
+    flags = next(
+        (line.split(":")[1].split() for line in info.splitlines() if line.startswith("flags")), []
+    )
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
     return {
         "processor": name or platform.processor(),
         "features": [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags],

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """rapid3rt: Diffusion Transformers several times faster, with a decision per image and no change to their weights.
 
-    import rapid3rt
-    rapid3rt.accelerate(pipe, speed=2.5)
-    images = pipe(prompts, num_inference_steps=28).images
-    print(rapid3rt.report(pipe))
-    rapid3rt.restore(pipe)
+import rapid3rt
+rapid3rt.accelerate(pipe, speed=2.5)
+images = pipe(prompts, num_inference_steps=28).images
+print(rapid3rt.report(pipe))
+rapid3rt.restore(pipe)
 """
 
 from rapid3rt.calibrate import calibrate

@@ -9,6 +9,7 @@ Nothing is trained. Every measurement goes to a file in the output folder, so an
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -25,7 +26,15 @@ from tqdm import tqdm
 from rapid3rt.pipeline import accelerate, model_id, report, restore
 from rapid3rt.planning import sparsity
 from rapid3rt.planning.jsonfile import write_document
-from rapid3rt.policies import FixedPlan, FixedSchedule, ScheduleFamily, ScheduleTick, Steps, Threshold, WarpFamily
+from rapid3rt.policies import (
+    FixedPlan,
+    FixedSchedule,
+    ScheduleFamily,
+    ScheduleTick,
+    Steps,
+    Threshold,
+    WarpFamily,
+)
 from rapid3rt.policies.base import Warp, shift_sigma, trimmed_sigmas, unshift_sigma
 from rapid3rt.policies.controller import local_error
 from rapid3rt.policies.folder import PolicyFolder
@@ -73,8 +82,19 @@ def calibrate(
     if not prompts:
         raise ValueError("prompts must hold at least one prompt, got none")
     if num_inference_steps < max(SEARCH_STEPS):
-        raise ValueError(f"num_inference_steps must be at least {max(SEARCH_STEPS)}, got {num_inference_steps}")
-    bench = _Bench(pipe, list(prompts), Path(out), num_inference_steps, seed, batch_size, dict(call or {}), progress)
+        raise ValueError(
+            f"num_inference_steps must be at least {max(SEARCH_STEPS)}, got {num_inference_steps}"
+        )
+    bench = _Bench(
+        pipe,
+        list(prompts),
+        Path(out),
+        num_inference_steps,
+        seed,
+        batch_size,
+        dict(call or {}),
+        progress,
+    )
     order, knots = _search(bench, evaluations)
     schedule = bench.family(order, knots, profile=bench.error_profile(order, knots))
     costs = bench.costs()
@@ -163,7 +183,12 @@ class _Bench:
         self.pipe.set_progress_bar_config(disable=True)
         try:
             generators = [torch.Generator().manual_seed(self.seed * 1_000_003 + i) for i in noises]
-            arguments = {**self.call, "num_inference_steps": steps, "generator": generators, **kwargs}
+            arguments = {
+                **self.call,
+                "num_inference_steps": steps,
+                "generator": generators,
+                **kwargs,
+            }
             return self.pipe(prompts, **arguments).images
         finally:
             self.pipe.set_progress_bar_config(**bars)
@@ -175,7 +200,9 @@ class _Bench:
         for start in tqdm(starts, desc=description, disable=not (self.progress and description)):
             prompts = self.prompts[start : start + self.batch_size]
             noises = list(range(start, start + len(prompts)))
-            chunks.append(self._call(prompts, noises, steps, output_type="pt").float().cpu() * 2 - 1)
+            chunks.append(
+                self._call(prompts, noises, steps, output_type="pt").float().cpu() * 2 - 1
+            )
         return torch.cat(chunks)
 
     def reference(self) -> torch.Tensor:
@@ -230,7 +257,9 @@ class _Bench:
                 self.images(self.steps)
             return recorder.profile()
 
-        points = self.remember(f"profile order={order} " + ",".join(f"{w:.5f}" for w in knots), measure)
+        points = self.remember(
+            f"profile order={order} " + ",".join(f"{w:.5f}" for w in knots), measure
+        )
         return tuple((float(u), float(e)) for u, e in points)
 
     def costs(self) -> ActionCosts:
@@ -254,7 +283,10 @@ class _Bench:
         sigmas = [shift_sigma(1 - j / steps, self.shift) for j in range(steps)]
         scripts = [
             FixedSchedule(
-                FixedPlan(family=self.family_name, ticks=tuple(ScheduleTick(sigma=s, level=level) for s in sigmas))
+                FixedPlan(
+                    family=self.family_name,
+                    ticks=tuple(ScheduleTick(sigma=s, level=level) for s in sigmas),
+                )
             )
             for level in range(sparsity.num_levels())
         ]
@@ -264,13 +296,17 @@ class _Bench:
         for _ in bar:
             stamps.clear()
             self._call(prompts, noises, steps, output_type="latent", callback_on_step_end=stamp)
-            gaps = [1000 * (b - a) for a, b in zip(stamps[1:], stamps[2:], strict=False)]
+            gaps = [1000 * (b - a) for a, b in itertools.pairwise(stamps)]
             times[0].append(median(gaps))
             for i, policy in enumerate(policies):
                 times[i + 1].append(ticks_of(policy))
         plain, *others = (median(t) for t in times)
         relative = [t / plain for t in others]
-        return {"levels": [max(1.0, relative[0]), *relative[1:-1]], "reuse": relative[-1], "measured": True}
+        return {
+            "levels": [max(1.0, relative[0]), *relative[1:-1]],
+            "reuse": relative[-1],
+            "measured": True,
+        }
 
 
 @contextmanager
@@ -332,7 +368,9 @@ def _search(bench: _Bench, evaluations: int) -> tuple[int, list[float]]:
             return math.inf
         spent += 1
         bar.update()
-        return sum(math.log(bench.family_error(order, knots, k)) for k in SEARCH_STEPS) / len(SEARCH_STEPS)
+        return sum(math.log(bench.family_error(order, knots, k)) for k in SEARCH_STEPS) / len(
+            SEARCH_STEPS
+        )
 
     bench.reference()
     order = min((1, 2), key=lambda o: objective(o, even))

@@ -15,7 +15,9 @@ try:
 except ImportError:
     sys.exit("the rapid3rt command needs the extra rapid3rt[cli]: pip install 'rapid3rt[cli]'")
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Diffusion Transformers, several times faster.")
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Diffusion Transformers, several times faster."
+)
 console = Console()
 
 
@@ -35,14 +37,20 @@ def _load(model: str) -> Any:
     from diffusers import DiffusionPipeline
 
     on_gpu = torch.cuda.is_available()
-    pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=torch.bfloat16 if on_gpu else torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(
+        model, torch_dtype=torch.bfloat16 if on_gpu else torch.float32
+    )
     return pipe.to("cuda" if on_gpu else "cpu")
 
 
 def _print_table(rows: list[list[str]], title: str) -> None:
     table = Table(title=title, title_justify="left", title_style="bold")
     for i, name in enumerate(rows[0]):
-        table.add_column(name, justify="left" if name in ("way", "caption") else "right", no_wrap=i < len(rows[0]) - 1)
+        table.add_column(
+            name,
+            justify="left" if name in ("way", "caption") else "right",
+            no_wrap=i < len(rows[0]) - 1,
+        )
     for row in rows[1:]:
         table.add_row(*row)
     console.print(table)
@@ -65,11 +73,15 @@ def demo(
 
     pipe = _load(model)
     pipe.set_progress_bar_config(disable=True)
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), console=console, transient=True) as bar:
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), console=console, transient=True
+    ) as bar:
         bar.add_task("eight prompts, four ways, timed side by side (a minute or two on a laptop)")
         result = show.run(pipe, policy, speed, rival, rounds=1 if quick else 3)
     ways, per_image = show.tables(result)
-    _print_table(ways, "the batch, four ways (whole pipeline call; error and PSNR against plain 28 steps)")
+    _print_table(
+        ways, "the batch, four ways (whole pipeline call; error and PSNR against plain 28 steps)"
+    )
     _print_table(per_image, "rapid3rt, image by image")
     for note in result.report.notes:
         console.print(f"note: {note}", highlight=False)
@@ -77,7 +89,10 @@ def demo(
     show.draw_comparison(result, out / "comparison.png")
     result.report.plot(out / "timeline.png", labels=[s.caption for s in result.scenes])
     result.report.save(out / "trace.json")
-    console.print(f"total speed-up {result.speedup:.2f}x, measured here; pictures and trace in {out}/", style="bold")
+    console.print(
+        f"total speed-up {result.speedup:.2f}x, measured here; pictures and trace in {out}/",
+        style="bold",
+    )
 
 
 @app.command()
@@ -124,12 +139,16 @@ def calibrate(
 
     lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
     if not lines:
-        raise typer.BadParameter(f"must hold at least one prompt, got an empty {prompts}", param_hint="--prompts")
+        raise typer.BadParameter(
+            f"must hold at least one prompt, got an empty {prompts}", param_hint="--prompts"
+        )
     folder = rapid3rt.calibrate(
         _load(model), lines, out, num_inference_steps=steps, evaluations=evaluations, seed=seed
     )
     console.print(format_table(folder.provenance["mean_squared_error"]), highlight=False)
-    console.print(f"use it with rapid3rt.accelerate(pipe, policy={str(out)!r}, speed=2.5)", highlight=False)
+    console.print(
+        f"use it with rapid3rt.accelerate(pipe, policy={str(out)!r}, speed=2.5)", highlight=False
+    )
 
 
 @app.command()
@@ -150,10 +169,16 @@ def doctor() -> None:
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
         ("diffusers", diffusers.__version__),
         ("CUDA", torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"),
-        ("kernels", ops.describe_backend()),
+        ("kernels", "; ".join(f"{name}: {_state(facts)}" for name, facts in ops.info().items())),
     ]
     for name, value in facts:
         console.print(f"{name:<10} {value}", highlight=False)
+
+
+def _state(facts: dict[str, Any]) -> str:
+    """One backend in a few words."""
+    known = ", ".join(f"{k} {v}" for k, v in facts.items() if v not in (None, True, False))
+    return known or ("yes" if facts.get("available") else "no")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -161,7 +186,9 @@ def bench(context: typer.Context) -> None:
     """Run the microbenchmarks of a checkout: arguments go to benches/bench_ops.py."""
     script = Path(__file__).parent.parent / "benches" / "bench_ops.py"
     if not script.is_file():
-        raise typer.BadParameter("benchmarks live in a checkout of the project, this is an installed wheel")
+        raise typer.BadParameter(
+            "benchmarks live in a checkout of the project, this is an installed wheel"
+        )
     import subprocess
 
     raise typer.Exit(subprocess.call([sys.executable, str(script), *context.args]))

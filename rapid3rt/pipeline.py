@@ -71,13 +71,15 @@ def accelerate(
     check_scheduler(pipe.scheduler)
     if attention not in ("exact", "fast"):
         raise ValueError(f"attention must be 'exact' or 'fast', got {attention!r}")
-    ops.check_backend(backend)
+    ops.choose(backend, pipe.transformer.device.type)
     _check_dial(budget, speed)
     model = model_id(pipe.transformer)
     source = _resolve(policy, model, adapter.family)
     if budget is None and speed is None and source.wants_dial:
         speed = DEFAULT_SPEED
-    _limit(source.policy, budget, speed)  # refuses meaningless combinations now, not at the first call
+    _limit(
+        source.policy, budget, speed
+    )  # refuses meaningless combinations now, not at the first call
     executor = Executor(adapter, _block_size(pipe.transformer), backend, attention == "exact")
     choose = partial(_choose, source, budget, speed)
     session = Session(pipe, adapter, executor, choose, source.costs, model)
@@ -117,22 +119,31 @@ def check(pipe: Any) -> Check:
     lines, supported = [], True
     try:
         adapter = _find_adapter(pipe)
-        lines.append(f"transformer: {type(pipe.transformer).__name__} ({adapter.family}), supported")
+        lines.append(
+            f"transformer: {type(pipe.transformer).__name__} ({adapter.family}), supported"
+        )
     except UnsupportedError as error:
         supported = False
         lines.append(f"transformer: not supported: {error}")
     try:
         check_scheduler(pipe.scheduler)
-        lines.append(f"scheduler: {type(pipe.scheduler).__name__}, every image may have its own sigma")
+        lines.append(
+            f"scheduler: {type(pipe.scheduler).__name__}, every image may have its own sigma"
+        )
     except UnsupportedError as error:
         supported = False
         lines.append(f"scheduler: not supported: {error}")
     if supported:
         model = model_id(pipe.transformer)
         bundled = _bundled(model)
-        name = bundled.name if bundled else "none bundled; run rapid3rt.calibrate(pipe, prompts, out=DIR) once"
+        name = (
+            bundled.name
+            if bundled
+            else "none bundled; run rapid3rt.calibrate(pipe, prompts, out=DIR) once"
+        )
         lines.append(f"policy of model {model}: {name}")
-        lines.append(f"kernels: {ops.describe_backend()}")
+        device = pipe.transformer.device.type
+        lines.append(f"kernels: {ops.choose(None, device)} on {device}")
     return Check(supported=supported, lines=tuple(lines))
 
 
@@ -145,9 +156,12 @@ def model_id(transformer: Any) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Source:
-    """A policy before any run: what it is, what its actions cost, whether it needs a budget or speed to save work."""
+    """A policy before any run: what it is, what its actions cost, whether it needs a budget or speed to save work.
 
-    policy: Policy
+    policy None: evenly spaced second-order steps, as many as the budget or speed gives.
+    """
+
+    policy: Policy | None
     name: str
     costs: ActionCosts
     wants_dial: bool = False
@@ -161,7 +175,9 @@ def _resolve(policy: str | Policy, model: str, family: str) -> _Source:
                 "policy must be a name or have begin, decide_compute and decide_step, "
                 f"got {type(policy).__name__}"
             )
-        return _Source(policy=policy, name=getattr(policy, "name", type(policy).__name__), costs=ActionCosts())
+        return _Source(
+            policy=policy, name=getattr(policy, "name", type(policy).__name__), costs=ActionCosts()
+        )
     if policy == "auto":
         return _automatic(model)
     folder = _folder(policy)
@@ -172,8 +188,14 @@ def _resolve(policy: str | Policy, model: str, family: str) -> _Source:
         return _Source(policy=parsed, name=policy, costs=costs)
     loaded = PolicyFolder.load(folder)
     if loaded.schedule.family != family:
-        raise ValueError(f"policy {policy!r} must be for a {family} model, got one for {loaded.schedule.family}")
-    notes = () if loaded.model == model else (f"the policy was calibrated on {loaded.model}, this model is {model}",)
+        raise ValueError(
+            f"policy {policy!r} must be for a {family} model, got one for {loaded.schedule.family}"
+        )
+    notes = (
+        ()
+        if loaded.model == model
+        else (f"the policy was calibrated on {loaded.model}, this model is {model}",)
+    )
     schedule = ScheduleFamily(loaded.schedule, name=f"schedule family {folder.name}")
     return _Source(policy=schedule, name=policy, costs=loaded.costs, wants_dial=True, notes=notes)
 
@@ -186,14 +208,13 @@ def _automatic(model: str) -> _Source:
         schedule = ScheduleFamily(loaded.schedule, name="searched schedule family (bundled)")
         return _Source(policy=schedule, name=schedule.name, costs=loaded.costs, wants_dial=True)
     note = "no policy is bundled for this model: evenly spaced second-order steps; rapid3rt.calibrate does better"
-    return _Source(policy=_EvenSteps(), name="steps/trim/ab2", costs=ActionCosts(), wants_dial=True, notes=(note,))
-
-
-class _EvenSteps:
-    """Stands for `steps:k/trim/ab2` with k still open; `_limit` turns it into one."""
-
-    name = "steps/trim/ab2"
-    begin = decide_compute = decide_step = None
+    return _Source(
+        policy=None,
+        name="steps/trim/ab2",
+        costs=ActionCosts(),
+        wants_dial=True,
+        notes=(note,),
+    )
 
 
 def _choose(source: _Source, budget: int | None, speed: float | None, ticks: int) -> Choice:
@@ -204,24 +225,26 @@ def _choose(source: _Source, budget: int | None, speed: float | None, ticks: int
     cap = budget
     if speed is not None and speed > 1:
         cap = max(1, int(ticks / speed))
-        notes += (f"speed={speed:g} became budget={cap} of {ticks} steps: this policy has no calibration table",)
+        notes += (
+            f"speed={speed:g} became budget={cap} of {ticks} steps: this policy has no calibration table",
+        )
     policy = _limit(source.policy, budget, speed, ticks)
-    if isinstance(policy, Policy) and policy is source.policy and speed is not None and speed == 1:
-        policy = Dense()
     return Choice(policy=policy, name=source.name, budget=cap, notes=notes)
 
 
-def _limit(policy: Any, budget: int | None, speed: float | None, ticks: int | None = None) -> Policy:
+def _limit(
+    policy: Policy | None, budget: int | None, speed: float | None, ticks: int | None = None
+) -> Policy:
     """Fit a policy to a budget or speed. Raises ValueError where the combination has no meaning."""
-    if isinstance(policy, _EvenSteps):
-        if ticks is None:
-            return Dense()
-        if speed == 1 or budget == ticks:
+    if policy is None:
+        if ticks is None or speed == 1 or budget == ticks:
             return Dense()
         k = budget if budget is not None else max(1, int(ticks / (speed or DEFAULT_SPEED)))
         return Steps(k, trim=True, order=2)
     if budget is not None:
-        return policy if isinstance(policy, Dense) and budget == ticks else with_budget(policy, budget)
+        return (
+            policy if isinstance(policy, Dense) and budget == ticks else with_budget(policy, budget)
+        )
     if speed is not None:
         return with_speed(policy, speed)
     return policy
@@ -229,8 +252,12 @@ def _limit(policy: Any, budget: int | None, speed: float | None, ticks: int | No
 
 def _check_dial(budget: int | None, speed: float | None) -> None:
     if budget is not None and speed is not None:
-        raise ValueError(f"budget and speed must not both be given, got budget={budget}, speed={speed}")
-    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
+        raise ValueError(
+            f"budget and speed must not both be given, got budget={budget}, speed={speed}"
+        )
+    if budget is not None and (
+        isinstance(budget, bool) or not isinstance(budget, int) or budget < 1
+    ):
         raise ValueError(f"budget must be an integer of 1 to the number of steps, got {budget!r}")
     if speed is not None and not speed >= 1:
         raise ValueError(f"speed must be at least 1, got {speed!r}")
@@ -238,7 +265,9 @@ def _check_dial(budget: int | None, speed: float | None) -> None:
 
 def _find_adapter(pipe: Any) -> Adapter:
     transformer = getattr(pipe, "transformer", None)
-    adapter = next((a for a in ADAPTERS if transformer is not None and a.supports(transformer)), None)
+    adapter = next(
+        (a for a in ADAPTERS if transformer is not None and a.supports(transformer)), None
+    )
     families = ", ".join(a.family for a in ADAPTERS)
     if adapter is None:
         raise UnsupportedError(
@@ -246,7 +275,9 @@ def _find_adapter(pipe: Any) -> Adapter:
             f"in {type(pipe).__name__}"
         )
     if getattr(pipe, "controlnet", None) is not None:
-        raise UnsupportedError(f"{type(pipe).__name__} has a ControlNet, which is not supported yet")
+        raise UnsupportedError(
+            f"{type(pipe).__name__} has a ControlNet, which is not supported yet"
+        )
     return adapter
 
 
@@ -262,7 +293,9 @@ def _folder(policy: str) -> Path | None:
         try:
             return Path(snapshot_download(policy, allow_patterns=["*.json", "*.safetensors"]))
         except Exception as error:
-            raise ValueError(f"policy {policy!r} is neither a folder here nor on the hub ({error})") from error
+            raise ValueError(
+                f"policy {policy!r} is neither a folder here nor on the hub ({error})"
+            ) from error
     return None
 
 
@@ -276,7 +309,11 @@ def _bundled(model: str) -> Path | None:
 def _block_size(transformer: Any) -> int:
     """Small models get small attention blocks, or there is nothing to be sparse about."""
     config = transformer.config
-    tokens = (config.sample_size // config.patch_size) ** 2 if "sample_size" in config else _SMALL_MODEL_TOKENS + 1
+    tokens = (
+        (config.sample_size // config.patch_size) ** 2
+        if "sample_size" in config
+        else _SMALL_MODEL_TOKENS + 1
+    )
     on_cpu = next(transformer.parameters()).device.type == "cpu"
     return _SMALL_BLOCK if on_cpu and tokens <= _SMALL_MODEL_TOKENS else _BLOCK
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration end to end on the tiny pipeline: it improves, resumes without recomputing, and its folder drives a run."""
+"""Calibration on the tiny pipeline: it improves, resumes without recomputing, and drives a run."""
 
 from __future__ import annotations
 
@@ -52,7 +52,12 @@ def test_calibration_finds_a_better_grid_and_resumes(pipe: Any, tmp_path: Path) 
     assert PolicyFolder.load(tmp_path / "policy") == folder
     rapid3rt.accelerate(pipe, policy=str(tmp_path / "policy"), budget=5)
     try:
-        pipe(PROMPTS, num_inference_steps=8, max_sequence_length=1, generator=torch.Generator().manual_seed(0))
+        pipe(
+            PROMPTS,
+            num_inference_steps=8,
+            max_sequence_length=1,
+            generator=torch.Generator().manual_seed(0),
+        )
         assert [i.nfe for i in rapid3rt.report(pipe).images] == [5, 5]
     finally:
         rapid3rt.restore(pipe)

@@ -15,7 +15,9 @@ from rapid3rt.planning.trace import Trace
 
 @pytest.mark.slow
 def test_the_demo_shows_four_ways_and_writes_pictures_and_a_trace(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["demo", "--quick", "--out", str(tmp_path)], env={"COLUMNS": "200"})
+    result = CliRunner().invoke(
+        app, ["demo", "--quick", "--out", str(tmp_path)], env={"COLUMNS": "200"}
+    )
     assert result.exit_code == 0, result.output
     for words in ("plain, 28 steps", "UniPC", "rapid3rt", "total speed-up"):
         assert words in result.output

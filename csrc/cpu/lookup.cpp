@@ -52,9 +52,20 @@ void lookup(const LookupParams& p) {
   });
 }
 
-// Sums over some tokens of one row.
+// Statistics over some tokens of one row. Spread about the mean is merged, never taken from a
+// difference of squares.
 struct Partial {
-  double change, old_size, sum, square;
+  double change, old_size, count, mean, spread;
+
+  void merge(const Partial& other) {
+    change += other.change;
+    old_size += other.old_size;
+    if (other.count == 0) return;
+    const double total = count + other.count, delta = other.mean - mean;
+    spread += other.spread + delta * delta * count * other.count / total;
+    mean += delta * other.count / total;
+    count = total;
+  }
 };
 
 template <class T>
@@ -79,8 +90,13 @@ void store(const StoreParams& p) {
         const int64_t at = row * row_size + token * width;
         for (int64_t j = 0; j < width; ++j)
           r[j] = to_float(out[at + j]) - to_float(embedded[at + j]);
-        total.sum += sum_lanes(width, [&](int64_t j) { return r[j]; });
-        total.square += sum_lanes(width, [&](int64_t j) { return r[j] * r[j]; });
+        Partial part{};
+        const float mean =
+            sum_lanes(width, [&](int64_t j) { return r[j]; }) / static_cast<float>(width);
+        part.count = static_cast<double>(width);
+        part.mean = mean;
+        part.spread = sum_lanes(width, [&](int64_t j) { return (r[j] - mean) * (r[j] - mean); });
+        total.merge(part);
         T* slot = slots + p.slot[row] * p.num_orders * row_size + token * width;
         if (gap == 0.0f) {  // the first compute of this row: what the slot held is not read
           for (int64_t j = 0; j < width; ++j) from_float(r[j], slot[j]);
@@ -106,22 +122,14 @@ void store(const StoreParams& p) {
       partials[item] = total;
     };
   });
-  const double count = static_cast<double>(row_size);
   for (int64_t row = 0; row < p.num_rows; ++row) {
     Partial total{};
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const Partial& part = partials[row * chunks + chunk];
-      total.change += part.change;
-      total.old_size += part.old_size;
-      total.sum += part.sum;
-      total.square += part.square;
-    }
-    const double mean = total.sum / count;
-    const double variance = total.square / count - mean * mean;
-    const double drift = total.change / count / std::max(total.old_size / count, double{FLT_MIN});
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) total.merge(partials[row * chunks + chunk]);
+    const double old_size = std::max(total.old_size / total.count, double{FLT_MIN});
+    const double drift = total.change / total.count / old_size;
     p.stats[3 * row] = p.gap[row] == 0.0f ? 0.0f : static_cast<float>(drift);
-    p.stats[3 * row + 1] = static_cast<float>(mean);
-    p.stats[3 * row + 2] = static_cast<float>(std::sqrt(variance < 0.0 ? 0.0 : variance));
+    p.stats[3 * row + 1] = static_cast<float>(total.mean);
+    p.stats[3 * row + 2] = static_cast<float>(std::sqrt(total.spread / total.count));
   }
 }
 

@@ -41,7 +41,7 @@ class Adapter(Protocol):
         """Whether this adapter serves the class of a transformer."""
 
     def branches(self, pipe: Any, call: int, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
-        """Name the guidance branches of the call-th transformer call of a tick. UnsupportedError for unknown layouts."""
+        """Guidance branches of the call-th transformer call of a tick. UnsupportedError: an unknown layout."""
 
     def refuse(self, kwargs: Mapping[str, Any]) -> None:
         """Raise UnsupportedError for arguments that this version cannot serve."""
@@ -53,7 +53,11 @@ class Adapter(Protocol):
         """Image tokens as (rows, columns)."""
 
     def embed(
-        self, transformer: Any, kwargs: Mapping[str, Any], timestep: torch.Tensor, rows: torch.Tensor | None
+        self,
+        transformer: Any,
+        kwargs: Mapping[str, Any],
+        timestep: torch.Tensor,
+        rows: torch.Tensor | None,
     ) -> Embedded:
         """Embed some rows (None: all). timestep: float32 `[A]` in the scheduler's units."""
 
@@ -63,7 +67,9 @@ class Adapter(Protocol):
     ) -> torch.Tensor:  # fmt: skip
         """The block stack on rows that `embedded` holds: `[A, I, D]`."""
 
-    def finish(self, transformer: Any, kwargs: Mapping[str, Any], hidden: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+    def finish(
+        self, transformer: Any, kwargs: Mapping[str, Any], hidden: torch.Tensor, temb: torch.Tensor
+    ) -> torch.Tensor:
         """Final norm and projection: `[A, C, h, w]`."""
 
     def sparse_attention(self, transformer: Any, rows: SparseRows) -> AbstractContextManager[None]:

@@ -45,7 +45,9 @@ class SD3Adapter:
     def refuse(self, kwargs: Mapping[str, Any]) -> None:
         """ControlNet residuals belong to the pipeline's timestep, not to each image's own."""
         if kwargs.get("block_controlnet_hidden_states") is not None:
-            raise UnsupportedError("ControlNet is not supported yet: call rapid3rt.restore(pipe) first")
+            raise UnsupportedError(
+                "ControlNet is not supported yet: call rapid3rt.restore(pipe) first"
+            )
 
     def observe(self, kwargs: Mapping[str, Any], images: int) -> torch.Tensor:
         """The last branch's latents; all branches hold the same."""
@@ -59,13 +61,20 @@ class SD3Adapter:
         return height // patch, width // patch
 
     def embed(
-        self, transformer: Any, kwargs: Mapping[str, Any], timestep: torch.Tensor, rows: torch.Tensor | None
+        self,
+        transformer: Any,
+        kwargs: Mapping[str, Any],
+        timestep: torch.Tensor,
+        rows: torch.Tensor | None,
     ) -> Embedded:
         """Patch embedding with positions; modulation embedding from time and pooled text."""
-        hidden, pooled = (_take(kwargs[name], rows) for name in ("hidden_states", "pooled_projections"))
+        hidden, pooled = (
+            _take(kwargs[name], rows) for name in ("hidden_states", "pooled_projections")
+        )
         # PatchEmbed returns a transposed view; the model makes it contiguous before its first block, so must we.
         return Embedded(
-            image=transformer.pos_embed(hidden).contiguous(), temb=transformer.time_text_embed(timestep, pooled)
+            image=transformer.pos_embed(hidden).contiguous(),
+            temb=transformer.time_text_embed(timestep, pooled),
         )
 
     def run_blocks(
@@ -73,7 +82,10 @@ class SD3Adapter:
         timestep: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         """All joint blocks but those of `skip_layers`."""
-        image, text = embedded.image, transformer.context_embedder(_take(kwargs["encoder_hidden_states"], rows))
+        image, text = (
+            embedded.image,
+            transformer.context_embedder(_take(kwargs["encoder_hidden_states"], rows)),
+        )
         attention_kwargs = kwargs.get("joint_attention_kwargs")
         if attention_kwargs is not None and "ip_adapter_image_embeds" in attention_kwargs:
             attention_kwargs = dict(attention_kwargs)
@@ -91,7 +103,9 @@ class SD3Adapter:
                 )
         return image
 
-    def finish(self, transformer: Any, kwargs: Mapping[str, Any], hidden: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+    def finish(
+        self, transformer: Any, kwargs: Mapping[str, Any], hidden: torch.Tensor, temb: torch.Tensor
+    ) -> torch.Tensor:
         """norm_out, proj_out, then patches back to the latent grid."""
         hidden = transformer.proj_out(transformer.norm_out(hidden, temb))
         patch, channels = transformer.config.patch_size, transformer.out_channels
@@ -151,7 +165,9 @@ class _SparseJointProcessor:
         image = attn.to_out[1](attn.to_out[0](image))
         return image if encoder_hidden_states is None else (image, text)
 
-    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_image: int) -> torch.Tensor:
+    def _attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_image: int
+    ) -> torch.Tensor:
         rows, dense, block = self._rows, self._rows.num_dense, self._rows.block
         parts = []
         if dense:
@@ -176,8 +192,9 @@ def _heads(attn: Attention, x: torch.Tensor) -> torch.Tensor:
     return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
 
-def _norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
-    return x if norm is None else norm(x)
+def _norm(norm: torch.nn.Module | None, x: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = x if norm is None else norm(x)
+    return out
 
 
 def _take(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:

@@ -36,7 +36,14 @@ class ResidualCache:
         """Memory held by all slots."""
         return sum(s.numel() * s.element_size() for s in self._slots.values())
 
-    def store(self, branch: str, images: list[int], slot: torch.Tensor, out: torch.Tensor, embedded: torch.Tensor) -> None:
+    def store(
+        self,
+        branch: str,
+        images: list[int],
+        slot: torch.Tensor,
+        out: torch.Tensor,
+        embedded: torch.Tensor,
+    ) -> None:
         """Keep `out - embedded` for some images of a branch.
 
         Parameters

@@ -91,7 +91,9 @@ class Plan:
         )
 
 
-def plan(decision: ComputeDecision, done: torch.Tensor, bad: torch.Tensor, policy_name: str) -> Plan:
+def plan(
+    decision: ComputeDecision, done: torch.Tensor, bad: torch.Tensor, policy_name: str
+) -> Plan:
     """Read the decisions once and check them.
 
     Parameters
@@ -113,14 +115,18 @@ def plan(decision: ComputeDecision, done: torch.Tensor, bad: torch.Tensor, polic
             continue
         where = f"of policy {policy_name!r} for image {image}"
         if a in (FORECAST_1, FORECAST_2):
-            raise UnsupportedError(f"action {where} is a forecast, which this version cannot run; answer COMPUTE or REUSE")
+            raise UnsupportedError(
+                f"action {where} is a forecast, which this version cannot run; answer COMPUTE or REUSE"
+            )
         if a not in (COMPUTE, REUSE):
             raise ValueError(f"action {where} must be 0 (compute) or 1 (reuse), got {a}")
         if not 0 <= s < sparsity.num_levels():
             raise ValueError(f"sparsity {where} must be 0 to {sparsity.num_levels() - 1}, got {s}")
     return Plan(
         action=tuple(-1 if d else a for a, d in zip(action, is_done, strict=True)),
-        level=tuple(0 if d or a != COMPUTE else s for a, s, d in zip(action, level, is_done, strict=True)),
+        level=tuple(
+            0 if d or a != COMPUTE else s for a, s, d in zip(action, level, is_done, strict=True)
+        ),
         device=done.device,
     )
 
@@ -130,4 +136,6 @@ def raise_if_nan(flags: list[int], policy_name: str) -> None:
     images = [i for i, flag in enumerate(flags) if flag]
     if images:
         listed = ", ".join(map(str, images))
-        raise ValueError(f"next_sigma of policy {policy_name!r} must be a number, got nan for image {listed}")
+        raise ValueError(
+            f"next_sigma of policy {policy_name!r} must be a number, got nan for image {listed}"
+        )

@@ -32,7 +32,7 @@ class Dense:
     def decide_compute(self, state: DenoiseState) -> ComputeDecision:
         return compute_all(state)
 
-    def decide_step(self, state: DenoiseState, velocity: torch.Tensor) -> StepDecision:  # noqa: ARG002
+    def decide_step(self, state: DenoiseState, velocity: torch.Tensor) -> StepDecision:
         assert self._sigmas is not None
         return step_to(next_from_list(self._sigmas, state.step), EULER)
 
@@ -63,6 +63,6 @@ class Steps:
     def decide_compute(self, state: DenoiseState) -> ComputeDecision:
         return compute_all(state)
 
-    def decide_step(self, state: DenoiseState, velocity: torch.Tensor) -> StepDecision:  # noqa: ARG002
+    def decide_step(self, state: DenoiseState, velocity: torch.Tensor) -> StepDecision:
         assert self._sigmas is not None
         return step_to(next_from_list(self._sigmas, state.step), self.order)

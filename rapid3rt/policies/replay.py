@@ -53,7 +53,7 @@ class Replay:
         row = self._row(state)
         return ComputeDecision(action=self._actions[row], sparsity=self._levels[row])
 
-    def decide_step(self, state: DenoiseState, velocity: torch.Tensor) -> StepDecision:  # noqa: ARG002
+    def decide_step(self, state: DenoiseState, velocity: torch.Tensor) -> StepDecision:
         row = self._row(state)
         return StepDecision(next_sigma=self._next[row], order=self._orders[row])
 

@@ -218,7 +218,7 @@ class FixedSchedule:
             sparsity=torch.full_like(state.nfe, tick.level, dtype=torch.int32),
         )
 
-    def decide_step(self, state: DenoiseState, velocity: torch.Tensor) -> StepDecision:  # noqa: ARG002
+    def decide_step(self, state: DenoiseState, velocity: torch.Tensor) -> StepDecision:
         assert self._sigmas is not None
         return step_to(next_from_list(self._sigmas, state.step), self._now(state).order)
 
@@ -256,7 +256,7 @@ class ScheduleFamily:
     def decide_compute(self, state: DenoiseState) -> ComputeDecision:
         return compute_all(state)
 
-    def decide_step(self, state: DenoiseState, velocity: torch.Tensor) -> StepDecision:  # noqa: ARG002
+    def decide_step(self, state: DenoiseState, velocity: torch.Tensor) -> StepDecision:
         assert self._sigmas is not None
         return step_to(next_from_list(self._sigmas, state.step), self.family.order)
 

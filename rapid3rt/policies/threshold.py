@@ -56,6 +56,6 @@ class Threshold:
             action=action, sparsity=torch.zeros_like(state.nfe, dtype=torch.int32)
         )
 
-    def decide_step(self, state: DenoiseState, velocity: torch.Tensor) -> StepDecision:  # noqa: ARG002
+    def decide_step(self, state: DenoiseState, velocity: torch.Tensor) -> StepDecision:
         assert self._sigmas is not None
         return step_to(next_from_list(self._sigmas, state.step), self.order)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run one transformer call under a plan: compute rows through the blocks, reuse rows from the cache, done rows not at all.
+"""Run one transformer call under a plan: computed rows through the blocks, reused ones from the cache, done ones never.
 
 Reads nothing from the device. When all rows compute densely the tensors pass through untouched: the plain model.
 """
@@ -58,7 +58,9 @@ class Executor:
             embedded = Embedded(image=image, temb=embedded.temb.index_select(0, source))
         parts = []
         if num_compute:
-            computed = Embedded(image=embedded.image[:num_compute], temb=embedded.temb[:num_compute])
+            computed = Embedded(
+                image=embedded.image[:num_compute], temb=embedded.temb[:num_compute]
+            )
             taken = None if whole else rows[:num_compute]
             out = self._blocks(transformer, kwargs, computed, taken, timestep, plan)
             self._store(plan, branches, images, cache, out, computed.image)
@@ -113,13 +115,22 @@ class Executor:
                 cache.store(branch, kept, slot, out[chosen], embedded[chosen])
 
     def _lookup(
-        self, plan: RowPlan, branches: tuple[str, ...], images: int, cache: ResidualCache, embedded: torch.Tensor
+        self,
+        plan: RowPlan,
+        branches: tuple[str, ...],
+        images: int,
+        cache: ResidualCache,
+        embedded: torch.Tensor,
     ) -> torch.Tensor:
         parts = []
         for b, branch in enumerate(branches):
             where = [i for i, row in enumerate(plan.reuse) if row // images == b]
             if where:
-                slot = torch.tensor([plan.reuse[i] % images for i in where], dtype=torch.int32, device=embedded.device)
+                slot = torch.tensor(
+                    [plan.reuse[i] % images for i in where],
+                    dtype=torch.int32,
+                    device=embedded.device,
+                )
                 parts.append(cache.lookup(branch, slot, embedded[_select(where, embedded.device)]))
         # Reuse rows are listed branch by branch, so the parts join in the plan's order.
         return parts[0] if len(parts) == 1 else torch.cat(parts)

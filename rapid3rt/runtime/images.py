@@ -45,7 +45,9 @@ class Images:
     v_before: torch.Tensor
 
     @classmethod
-    def start(cls, sigmas: torch.Tensor, timesteps: torch.Tensor, latents: torch.Tensor, begin: int) -> Images:
+    def start(
+        cls, sigmas: torch.Tensor, timesteps: torch.Tensor, latents: torch.Tensor, begin: int
+    ) -> Images:
         """All images at grid index `begin`. latents: `[B, C, h, w]`, for shape, dtype and device."""
         num, device = len(latents), latents.device
         sigmas, timesteps = sigmas.to(device), timesteps.to(device)
@@ -82,7 +84,9 @@ class Images:
         on_grid = self.timesteps[self.index.clamp(0, len(self.timesteps) - 1)]
         return torch.where(self.index >= 0, on_grid, self.sigma * NUM_TRAIN_TIMESTEPS)
 
-    def view(self, tick: int, latents: torch.Tensor, drift: torch.Tensor, conditioning: torch.Tensor) -> DenoiseState:
+    def view(
+        self, tick: int, latents: torch.Tensor, drift: torch.Tensor, conditioning: torch.Tensor
+    ) -> DenoiseState:
         """What policies see at this tick."""
         return DenoiseState(
             tick=tick,
@@ -99,7 +103,9 @@ class Images:
             conditioning=conditioning,
         )
 
-    def count(self, decision: ComputeDecision, latents: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
+    def count(
+        self, decision: ComputeDecision, latents: torch.Tensor, cost: torch.Tensor
+    ) -> torch.Tensor:
         """Book a tick's decision; returns bool `[B]`, which images compute. cost: float32 `[B]`."""
         computes = (decision.action == COMPUTE) & ~self.done
         self.nfe = self.nfe + computes.int()
@@ -109,7 +115,12 @@ class Images:
         return computes
 
     def step_latents(
-        self, decision: StepDecision, sample: torch.Tensor, velocity: torch.Tensor, computes: torch.Tensor, last: bool
+        self,
+        decision: StepDecision,
+        sample: torch.Tensor,
+        velocity: torch.Tensor,
+        computes: torch.Tensor,
+        last: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Move every image to its own next sigma.
 
@@ -157,15 +168,21 @@ class Images:
             return euler
         v = velocity.float()
         # A computed tick extrapolates from the last compute, a reused one from the last two.
-        gap = torch.where(computes, self.sigma - self.sigma_last, self.sigma_last - self.sigma_before)
+        gap = torch.where(
+            computes, self.sigma - self.sigma_last, self.sigma_last - self.sigma_before
+        )
         ahead = torch.where(computes, d / 2, self.sigma + d / 2 - self.sigma_last)
         # `nfe` already counts this tick's compute, so both cases need two of them.
         known = (self.nfe > 1) & (gap != 0) & (order > 1)
         limit = (gap * MAX_STEP_RATIO / 2).abs()
-        slope_length = torch.where(known, ahead.clamp(-limit, limit) / torch.where(gap == 0, 1.0, gap), 0.0)
+        slope_length = torch.where(
+            known, ahead.clamp(-limit, limit) / torch.where(gap == 0, 1.0, gap), 0.0
+        )
         newest = torch.where(_spread(computes, v), v, self.v_last.float())
         older = torch.where(_spread(computes, v), self.v_last.float(), self.v_before.float())
-        second = (x + _spread(d, x) * (newest + _spread(slope_length, x) * (newest - older))).to(velocity.dtype)
+        second = (x + _spread(d, x) * (newest + _spread(slope_length, x) * (newest - older))).to(
+            velocity.dtype
+        )
         return torch.where(_spread(known, x), second, euler)
 
     def _remember(self, velocity: torch.Tensor, computes: torch.Tensor) -> None:

@@ -156,7 +156,9 @@ class Session:
         known = None if run.plan is None else run.plan.active
         rows, position = self._active_rows(known, run.num_images, len(branches), hidden.device)
         timestep = run.images.timestep().repeat(len(branches))
-        embedded = self.adapter.embed(transformer, kwargs, timestep if rows is None else timestep[rows], rows)
+        embedded = self.adapter.embed(
+            transformer, kwargs, timestep if rows is None else timestep[rows], rows
+        )
         if call == 0:
             self._decide(run, kwargs, embedded, known)
             assert run.plan is not None
@@ -166,14 +168,29 @@ class Session:
         row_plan = run.plan.rows(branches, run.cache.holds)
         self._charge_forced(run, row_plan.forced, len(branches))
         return self.executor.run(
-            transformer, kwargs, embedded, position, timestep, row_plan, branches, run.num_images, run.cache
+            transformer,
+            kwargs,
+            embedded,
+            position,
+            timestep,
+            row_plan,
+            branches,
+            run.num_images,
+            run.cache,
         )
 
     def _start_images(
-        self, run: _RunState, transformer: Any, kwargs: Mapping[str, Any], rows: int, branches: tuple[str, ...]
+        self,
+        run: _RunState,
+        transformer: Any,
+        kwargs: Mapping[str, Any],
+        rows: int,
+        branches: tuple[str, ...],
     ) -> None:
         if rows % len(branches):
-            raise UnsupportedError(f"{rows} rows cannot be {len(branches)} guidance branches ({', '.join(branches)})")
+            raise UnsupportedError(
+                f"{rows} rows cannot be {len(branches)} guidance branches ({', '.join(branches)})"
+            )
         run.num_images = rows // len(branches)
         latents = self.adapter.observe(kwargs, run.num_images)
         run.images = Images.start(run.grid.sigmas, run.grid.timesteps, latents, run.begin)
@@ -205,24 +222,36 @@ class Session:
         place = [0] * (images * branches)
         for position, row in enumerate(rows):
             place[row] = position
-        both = torch.tensor([rows + [0] * (len(place) - len(rows)), place], dtype=torch.int64, device=device)
+        both = torch.tensor(
+            [rows + [0] * (len(place) - len(rows)), place], dtype=torch.int64, device=device
+        )
         return both[0, : len(rows)], both[1]
 
-    def _decide(self, run: _RunState, kwargs: Mapping[str, Any], embedded: Any, known: list[int] | None) -> None:
+    def _decide(
+        self, run: _RunState, kwargs: Mapping[str, Any], embedded: Any, known: list[int] | None
+    ) -> None:
         """Observe, ask the policy, enforce budget and first compute, plan: the one host read of the tick."""
         images = run.images
         assert images is not None
         latents = self.adapter.observe(kwargs, run.num_images)
         active = run.num_images if known is None else len(known)
         seen, temb = embedded.image[-active:], embedded.temb[-active:]
-        index = None if active == run.num_images else torch.tensor(known, dtype=torch.int64, device=latents.device)
+        index = (
+            None
+            if active == run.num_images
+            else torch.tensor(known, dtype=torch.int64, device=latents.device)
+        )
         drift, conditioning = self._drift(run, seen, index), _put(temb, index, run.num_images)
         run.state = images.view(run.tick, latents, drift, conditioning)
-        decision = _checked(run.choice.policy.decide_compute(run.state), run.num_images, run.choice.name)
+        decision = _checked(
+            run.choice.policy.decide_compute(run.state), run.num_images, run.choice.name
+        )
         decision = self._enforce(run, decision)
         run.plan = planner.plan(decision, images.done, images.bad, run.choice.name)
         cost = self._costs(run.plan)
-        run.frames.append(_Frame(sigma=images.sigma, action=run.plan.action, level=run.plan.level, cost=cost))
+        run.frames.append(
+            _Frame(sigma=images.sigma, action=run.plan.action, level=run.plan.level, cost=cost)
+        )
         if run.plan.finished:
             run.frames.pop()
             return
@@ -237,9 +266,13 @@ class Session:
         if run.choice.budget is not None:
             action = torch.where(images.nfe >= run.choice.budget, REUSE, action)
         action = torch.where(images.nfe == 0, COMPUTE, action)
-        return ComputeDecision(action=action.to(torch.int8), sparsity=decision.sparsity.to(torch.int32))
+        return ComputeDecision(
+            action=action.to(torch.int8), sparsity=decision.sparsity.to(torch.int32)
+        )
 
-    def _drift(self, run: _RunState, seen: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    def _drift(
+        self, run: _RunState, seen: torch.Tensor, index: torch.Tensor | None
+    ) -> torch.Tensor:
         """Relative L1 change of the embedded latents since each image's last compute; 0 where undefined."""
         if run.reference is None:
             return torch.zeros(run.num_images, dtype=torch.float32, device=seen.device)
@@ -253,14 +286,18 @@ class Session:
         assert run.computes is not None
         assert run.plan is not None
         if run.reference is None:
-            run.reference = torch.zeros(run.num_images, *seen.shape[1:], dtype=seen.dtype, device=seen.device)
+            run.reference = torch.zeros(
+                run.num_images, *seen.shape[1:], dtype=seen.dtype, device=seen.device
+            )
         if index is None and all(a == COMPUTE for a in run.plan.action):
             run.reference = seen
         elif index is None:
             run.reference = torch.where(run.computes.view(-1, 1, 1), seen, run.reference)
         else:
             mask = run.computes[index].view(-1, 1, 1)
-            run.reference = run.reference.index_copy(0, index, torch.where(mask, seen, run.reference[index]))
+            run.reference = run.reference.index_copy(
+                0, index, torch.where(mask, seen, run.reference[index])
+            )
 
     def _costs(self, plan: planner.Plan) -> tuple[float, ...]:
         return tuple(
@@ -300,7 +337,9 @@ class Session:
                 f"next_sigma of policy {run.choice.name!r} must have shape ({run.num_images},), "
                 f"got {tuple(decision.next_sigma.shape)}"
             )
-        latents, target = run.images.step_latents(decision, sample, velocity, run.computes, run.last_tick)
+        latents, target = run.images.step_latents(
+            decision, sample, velocity, run.computes, run.last_tick
+        )
         frame = run.frames[-1]
         frame.next_sigma, frame.order = target, decision.order
         now = time.perf_counter()
@@ -318,11 +357,15 @@ class Session:
 
     def sigma_now(self) -> torch.Tensor | None:
         """Each image's sigma, float32 `[B]`; None before the first tick."""
-        return None if self._state is None or self._state.images is None else self._state.images.sigma
+        return (
+            None if self._state is None or self._state.images is None else self._state.images.sigma
+        )
 
     def _require_run(self) -> _RunState:
         if self._state is None:
-            raise StateError("the transformer of an accelerated pipeline must be called by that pipeline's own loop")
+            raise StateError(
+                "the transformer of an accelerated pipeline must be called by that pipeline's own loop"
+            )
         return self._state
 
     # What happened -------------------------------------------------------------------------------------------------
@@ -384,5 +427,7 @@ def _checked(decision: ComputeDecision, images: int, name: str) -> ComputeDecisi
     for field_name in ("action", "sparsity"):
         shape = tuple(getattr(decision, field_name).shape)
         if shape != (images,):
-            raise ValueError(f"{field_name} of policy {name!r} must have shape ({images},), got {shape}")
+            raise ValueError(
+                f"{field_name} of policy {name!r} must have shape ({images},), got {shape}"
+            )
     return decision

@@ -33,14 +33,27 @@ class Case:
     writes: tuple[int, ...] = ()
     bench: bool = False
 
+    def __str__(self) -> str:
+        return f"{self.op} {self.name}"
+
     def arguments(self, dtype: torch.dtype) -> tuple[Any, ...]:
         """Make fresh inputs; the same for the same case and dtype."""
-        seed = zlib.crc32(f"{self.op} {self.name}".encode())
+        seed = zlib.crc32(str(self).encode())
         return self.make(torch.Generator().manual_seed(seed), dtype)
 
     def num_bytes(self, dtype: torch.dtype) -> int:
         """Bytes that the call must move."""
         return self.values * dtype.itemsize
+
+
+def clone_arguments(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copy the tensors of a call, for ops that write."""
+    return tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in arguments)
+
+
+def result_tensors(result: Any) -> tuple[torch.Tensor, ...]:
+    """The tensors that an op returned, as a tuple."""
+    return tuple(t for t in (result if isinstance(result, tuple) else (result,)) if t is not None)
 
 
 def permuted_rows(g: torch.Generator, total: int, num_rows: int) -> torch.Tensor:

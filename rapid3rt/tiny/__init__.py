@@ -23,7 +23,10 @@ def load_tiny(model: str = "sd3") -> Any:
     from diffusers.utils import logging as diffusers_logging
 
     # The pipeline has no T5 on purpose; the loader would say so each time.
-    verbosity, bars = diffusers_logging.get_verbosity(), os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
+    verbosity, bars = (
+        diffusers_logging.get_verbosity(),
+        os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"),
+    )
     level = logging.getLogger("transformers").level
     try:
         diffusers_logging.set_verbosity_error()

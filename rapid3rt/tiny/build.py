@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
@@ -64,7 +64,16 @@ class Recipe:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A word-level tokenizer over the world's vocabulary; unknown words and punctuation are dropped or unknown."""
-    words = ["a", "and", "on", "ground", *world.COLOURS, *world.SHAPES, *world.PLACES, *world.TEXTURES]
+    words = [
+        "a",
+        "and",
+        "on",
+        "ground",
+        *world.COLOURS,
+        *world.SHAPES,
+        *world.PLACES,
+        *world.TEXTURES,
+    ]
     words += list(world.GROUNDS)
     vocab = {"<pad>": PAD, "<bos>": BOS, "<unk>": UNK, "<eos>": EOS}
     for word in words:
@@ -148,7 +157,9 @@ def make_sd3_transformer(recipe: Recipe) -> SD3Transformer2DModel:
 class Checkpoint:
     """Atomic safetensors snapshots of modules, an AdamW and a step counter. One file per stage."""
 
-    def __init__(self, path: Path, modules: dict[str, nn.Module], optimiser: torch.optim.AdamW) -> None:
+    def __init__(
+        self, path: Path, modules: dict[str, nn.Module], optimiser: torch.optim.AdamW
+    ) -> None:
         self.path, self.modules, self.optimiser = path, modules, optimiser
 
     def save(self, step: int) -> None:
@@ -159,21 +170,24 @@ class Checkpoint:
             for k, v in module.state_dict().items()
         }
         for i, state in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser/{i}/{k}": v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}
+            tensors |= {
+                f"optimiser/{i}/{k}": v.clone(memory_format=torch.contiguous_format)
+                for k, v in state.items()
+            }
         scratch = self.path.with_suffix(".tmp")
         save_file(tensors, scratch, metadata={"step": str(step)})
-        os.replace(scratch, self.path)
+        scratch.replace(self.path)
 
     def load(self) -> int:
         """Restore and return the step to go on with; 0 where there is no file."""
         if not self.path.exists():
             return 0
-        from safetensors import safe_open
-
         tensors = load_file(self.path)
         for m, module in self.modules.items():
             prefix = f"module/{m}/"
-            module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
+            module.load_state_dict(
+                {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+            )
         state: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in tensors.items():
             if key.startswith("optimiser/"):
@@ -189,10 +203,14 @@ def _generator(*key: int) -> np.random.Generator:
     return np.random.default_rng(key)
 
 
-def _set_rate(optimiser: torch.optim.Optimizer, peak: float, step: int, steps: int, warmup: int) -> None:
+def _set_rate(
+    optimiser: torch.optim.Optimizer, peak: float, step: int, steps: int, warmup: int
+) -> None:
     """Linear warm-up, then cosine to 1 % of the peak."""
     progress = max(step - warmup, 0) / max(steps - warmup, 1)
-    rate = peak * min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * progress)))
+    rate = (
+        peak * min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * progress)))
+    )
     for group in optimiser.param_groups:
         group["lr"] = rate
 
@@ -213,7 +231,9 @@ def _vae_optimiser(module: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(module.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
 
 
-def _train_vae_phase(recipe: Recipe, vae: AutoencoderKL, checkpoint: Checkpoint, steps: int, noise: bool) -> None:
+def _train_vae_phase(
+    recipe: Recipe, vae: AutoencoderKL, checkpoint: Checkpoint, steps: int, noise: bool
+) -> None:
     """With noise: encoder and decoder on samples of the posterior. Without: the decoder on its means."""
     device = next(vae.parameters()).device
     start = checkpoint.load()
@@ -226,7 +246,9 @@ def _train_vae_phase(recipe: Recipe, vae: AutoencoderKL, checkpoint: Checkpoint,
         noise_source = torch.Generator(device).manual_seed(seed)
         with torch.autocast(device.type, torch.bfloat16):
             with torch.set_grad_enabled(noise):
-                posterior = vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
+                posterior = vae.encode(
+                    images.contiguous(memory_format=torch.channels_last)
+                ).latent_dist
             # A tenth of the latents' spread stands for what a diffusion model leaves imprecise.
             spread = posterior.std if noise else 0.1 * posterior.mean.std()
             latents = posterior.mean + spread * torch.randn(
@@ -246,7 +268,9 @@ def _train_vae_phase(recipe: Recipe, vae: AutoencoderKL, checkpoint: Checkpoint,
 
 
 @torch.no_grad()
-def encode_table(recipe: Recipe, vae: AutoencoderKL, work: Path) -> tuple[torch.Tensor, float, float]:
+def encode_table(
+    recipe: Recipe, vae: AutoencoderKL, work: Path
+) -> tuple[torch.Tensor, float, float]:
     """Stage 2: latents of the training scenes, normalised: bf16 `[n, 4, 32, 32]`, with their shift and scale."""
     path = work / "latents.safetensors"
     if not path.exists():
@@ -255,14 +279,16 @@ def encode_table(recipe: Recipe, vae: AutoencoderKL, work: Path) -> tuple[torch.
         for start in tqdm(range(0, recipe.num_latents, 100), desc="latents"):
             images = world.draw(_train_scenes(recipe, start, 100)).to(device) * 2 - 1
             with torch.autocast(device.type, torch.bfloat16):
-                latents = vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist.mean
+                latents = vae.encode(
+                    images.contiguous(memory_format=torch.channels_last)
+                ).latent_dist.mean
             chunks.append(latents.float().cpu())
         table = torch.cat(chunks)
         mean, std = table.mean(), table.std()
         table = ((table - mean) / std).to(torch.bfloat16).contiguous()
         scratch = path.with_suffix(".tmp")
         save_file({"latents": table, "mean": mean, "std": std}, scratch)
-        os.replace(scratch, path)
+        scratch.replace(path)
     stored = load_file(path)
     return stored["latents"], float(stored["mean"]), 1 / float(stored["std"])
 
@@ -272,13 +298,19 @@ def _train_scenes(recipe: Recipe, start: int, count: int) -> list[world.Scene]:
     return world.sample(count, recipe.seed * 1_000_000 + start, "train")
 
 
-def encode_prompts(ids: torch.Tensor, encoders: Iterable[nn.Module]) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_prompts(
+    ids: torch.Tensor, encoders: Iterable[nn.Module]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What the SD3 pipeline makes of token ids: embeddings `[B, L, 128]` and pooled `[B, 128]`."""
     outputs = [encoder(ids, output_hidden_states=True) for encoder in encoders]
-    return torch.cat([o.hidden_states[-2] for o in outputs], -1), torch.cat([o[0] for o in outputs], -1)
+    return torch.cat([o.hidden_states[-2] for o in outputs], -1), torch.cat(
+        [o[0] for o in outputs], -1
+    )
 
 
-def train_sd3(recipe: Recipe, table: torch.Tensor, work: Path, device: torch.device) -> dict[str, nn.Module]:
+def train_sd3(
+    recipe: Recipe, table: torch.Tensor, work: Path, device: torch.device
+) -> dict[str, nn.Module]:
     """Stage 3: text encoders and transformer by flow matching (x_t = (1 - t) x + t n, target n - x)."""
     torch.manual_seed(recipe.seed)
     tokenizer = make_tokenizer()
@@ -293,7 +325,9 @@ def train_sd3(recipe: Recipe, table: torch.Tensor, work: Path, device: torch.dev
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema)
     )
     optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    checkpoint = Checkpoint(work / "sd3.safetensors", {"model": model, "average": average}, optimiser)
+    checkpoint = Checkpoint(
+        work / "sd3.safetensors", {"model": model, "average": average}, optimiser
+    )
     start = checkpoint.load()
     scenes: list[world.Scene] = []
     for begin in tqdm(range(0, recipe.num_latents, 100), desc="captions"):
@@ -305,7 +339,9 @@ def train_sd3(recipe: Recipe, table: torch.Tensor, work: Path, device: torch.dev
         rng = _generator(recipe.seed, 13, step)
         rows = rng.integers(len(scenes), size=recipe.batch)
         captions = [world.train_caption(scenes[r], rng) for r in rows]
-        loss = _flow_loss(recipe, model, tokenizer, table[torch.from_numpy(rows)], captions, rng, device)
+        loss = _flow_loss(
+            recipe, model, tokenizer, table[torch.from_numpy(rows)], captions, rng, device
+        )
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -317,7 +353,8 @@ def train_sd3(recipe: Recipe, table: torch.Tensor, work: Path, device: torch.dev
             bar.set_postfix(loss=f"{smooth:.4f}")
         if (step + 1) % 250 == 0 or step + 1 == recipe.steps:
             checkpoint.save(step + 1)
-    return dict(average.module.eval().items())
+    trained: Any = average.module.eval()
+    return dict(trained.items())
 
 
 def _flow_loss(
@@ -330,13 +367,15 @@ def _flow_loss(
     device: torch.device,
 ) -> torch.Tensor:
     """Mean squared error of the velocity; noise levels half uniform, half logit-normal."""
-    ids = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids.to(device)
+    ids = tokenizer(
+        captions, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt"
+    ).input_ids.to(device)
     x = latents.float().to(device)
     source = torch.Generator(device).manual_seed(int(rng.integers(2**31)))
     noise = torch.randn(x.shape, generator=source, device=device)
     uniform, normal = rng.random(len(x)), 1 / (1 + np.exp(-rng.normal(0.3, 1.0, len(x))))
-    sigma = np.where(rng.random(len(x)) < 0.5, uniform, normal).astype(np.float32)
-    sigma = torch.from_numpy(sigma).to(device)
+    mixed = np.where(rng.random(len(x)) < 0.5, uniform, normal).astype(np.float32)
+    sigma = torch.from_numpy(mixed).to(device)
     empty_tokens = 256 if rng.random() < recipe.long_text_share else int(rng.integers(0, 17))
     t = sigma[:, None, None, None]
     with torch.autocast(device.type, torch.bfloat16):
@@ -387,7 +426,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train a tiny pipeline of the scene world.")
     parser.add_argument("model", choices=["sd3"])
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished pipeline")
-    parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints; the run resumes from it")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder of checkpoints; the run resumes from it"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for name, value in asdict(Recipe()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)

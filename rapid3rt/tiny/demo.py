@@ -59,14 +59,18 @@ class Demo:
         return self.rows[0].ms / self.rows[-1].ms
 
 
-def run(pipe: Any, policy: str, speed: float, rival: str, rounds: int = 3, seed: int = SEED) -> Demo:
+def run(
+    pipe: Any, policy: str, speed: float, rival: str, rounds: int = 3, seed: int = SEED
+) -> Demo:
     """Make the batch in all four ways. rounds: how often each is timed, interleaved."""
     scenes = pick_scenes(seed)
     prompts = [s.caption for s in scenes]
 
     def call(steps: int) -> torch.Tensor:
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-        images: torch.Tensor = pipe(prompts, num_inference_steps=steps, generator=generators, output_type="pt").images
+        images: torch.Tensor = pipe(
+            prompts, num_inference_steps=steps, generator=generators, output_type="pt"
+        ).images
         return images.float()
 
     def ours() -> torch.Tensor:
@@ -115,10 +119,25 @@ def tables(demo: Demo) -> tuple[list[list[str]], list[list[str]]]:
     plain, ours = demo.rows[0], demo.rows[-1]
     ways = [["way", "NFE", "ms", "speed-up", "scene score", "error x1e3", "PSNR dB"]]
     for row in demo.rows:
-        quality = ["-", "-"] if row is plain else [f"{1000 * row.error(plain).mean():.2f}", f"{row.psnr(plain).mean():.1f}"]
+        quality = (
+            ["-", "-"]
+            if row is plain
+            else [f"{1000 * row.error(plain).mean():.2f}", f"{row.psnr(plain).mean():.1f}"]
+        )
         points = score(row.images, demo.scenes).mean()
-        ways.append([row.name, f"{row.nfe:g}", f"{row.ms:.0f}", f"{plain.ms / row.ms:.2f}x", f"{points:.3f}", *quality])
-    per_image = [["image", "NFE", "equiv. steps", "ms", "score", "error x1e3", "PSNR dB", "caption"]]
+        ways.append(
+            [
+                row.name,
+                f"{row.nfe:g}",
+                f"{row.ms:.0f}",
+                f"{plain.ms / row.ms:.2f}x",
+                f"{points:.3f}",
+                *quality,
+            ]
+        )
+    per_image = [
+        ["image", "NFE", "equiv. steps", "ms", "score", "error x1e3", "PSNR dB", "caption"]
+    ]
     points, errors, psnr = score(ours.images, demo.scenes), ours.error(plain), ours.psnr(plain)
     for i, (entry, scene) in enumerate(zip(demo.report.images, demo.scenes, strict=True)):
         milliseconds = "-" if entry.ms is None else f"{entry.ms:.0f}"

@@ -30,7 +30,12 @@ COLOURS = {
     "purple": (165, 60, 205),
     "white": (250, 250, 250),
 }
-GROUNDS = {"grey": (128, 128, 128), "brown": (120, 78, 45), "navy": (25, 30, 75), "teal": (15, 105, 105)}
+GROUNDS = {
+    "grey": (128, 128, 128),
+    "brown": (120, 78, 45),
+    "navy": (25, 30, 75),
+    "teal": (15, 105, 105),
+}
 TEXTURES = ("plain", "striped", "checkered", "dotted")
 TEXTURE_PERIOD = 8
 TEXTURE_MIX = 0.35
@@ -67,7 +72,9 @@ class Scene:
     @property
     def caption(self) -> str:
         """The full caption: every object with its place, then the ground."""
-        return f"{join_words([o.words for o in self.objects])} on {self.texture} {self.ground} ground"
+        return (
+            f"{join_words([o.words for o in self.objects])} on {self.texture} {self.ground} ground"
+        )
 
     @property
     def difficulty(self) -> float:

@@ -32,7 +32,9 @@ def to_tensor(images: Any) -> torch.Tensor:
         out = torch.from_numpy(array.astype(np.float32) / scale).permute(0, 3, 1, 2)
     size = (3, world.IMAGE_SIZE, world.IMAGE_SIZE)
     if out.ndim != 4 or tuple(out.shape[1:]) != size:
-        raise ValueError(f"images must be of shape (n, {', '.join(map(str, size))}), got {tuple(out.shape)}")
+        raise ValueError(
+            f"images must be of shape (n, {', '.join(map(str, size))}), got {tuple(out.shape)}"
+        )
     return out
 
 
@@ -80,7 +82,11 @@ def _score_one(picture: torch.Tensor, scene: Scene, continuous: bool) -> float:
         overlap = _overlaps(patch == (colour if continuous else dominant), centre)
         if continuous:
             share = float(counts[colour]) / max(int(counts.sum()), 1)
-            right += 0.5 * share + 0.5 * float(overlap[world.SHAPES.index(item.shape)]) if counts[colour] else 0.0
+            right += (
+                0.5 * share + 0.5 * float(overlap[world.SHAPES.index(item.shape)])
+                if counts[colour]
+                else 0.0
+            )
         else:
             shape = world.SHAPES[int(overlap.argmax())]
             right += shown and dominant == colour and shape == item.shape
@@ -128,7 +134,9 @@ def _overlaps(mask: torch.Tensor, centre: tuple[float, float]) -> torch.Tensor:
 def _texture_templates(texture: str) -> torch.Tensor:
     """All phases of a texture: float32 `[phases, 64 * 64]`."""
     period = range(world.TEXTURE_PERIOD)
-    return torch.stack([world.texture_mask(texture, (x, y)).flatten() for x in period for y in period])
+    return torch.stack(
+        [world.texture_mask(texture, (x, y)).flatten() for x in period for y in period]
+    )
 
 
 def _ground_is_right(picture: torch.Tensor, label: torch.Tensor, scene: Scene) -> bool:
@@ -142,10 +150,16 @@ def _ground_is_right(picture: torch.Tensor, label: torch.Tensor, scene: Scene) -
         return False
     first, second = world.tones(scene.ground)
     direction = second - first
-    tone = ((picture - first[:, None, None]) * direction[:, None, None]).sum(0) / direction.square().sum()
+    tone = ((picture - first[:, None, None]) * direction[:, None, None]).sum(
+        0
+    ) / direction.square().sum()
     keep = (visible & (ground_label // 2 == counts.argmax())).flatten().float()
     errors = [
-        float(((_texture_templates(t) - tone.flatten().clamp(-0.5, 1.5)).square() * keep).sum(1).amin())
+        float(
+            ((_texture_templates(t) - tone.flatten().clamp(-0.5, 1.5)).square() * keep)
+            .sum(1)
+            .amin()
+        )
         for t in world.TEXTURES
     ]
     return world.TEXTURES[int(np.argmin(errors))] == scene.texture

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from rapid3rt.tiny import build, load_tiny
 from rapid3rt.tiny.scenes import sample
 
-SMALL = build.Recipe(vae_steps=2, decoder_steps=2, vae_batch=2, num_latents=100, steps=2, batch=2, layers=1, heads=1)
+SMALL = build.Recipe(
+    vae_steps=2, decoder_steps=2, vae_batch=2, num_latents=100, steps=2, batch=2, layers=1, heads=1
+)
 
 
 def test_every_caption_fits_the_tokenizer_without_unknown_words() -> None:
@@ -29,7 +31,9 @@ def test_a_person_may_write_commas_capitals_and_the_top_left() -> None:
     assert loose == tokenizer("a red circle top-left and a blue square bottom-right").input_ids
 
 
-def test_an_interrupted_build_ends_in_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_build_ends_in_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     device = torch.device("cpu")
     build.build_sd3(SMALL, tmp_path / "whole", tmp_path / "a", device)
     save, saves = build.Checkpoint.save, []

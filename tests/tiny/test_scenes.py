@@ -67,9 +67,15 @@ def test_every_single_mistake_costs_something(change: str) -> None:
     other = world.SceneObject(colour="blue", shape="square", place="top", x=32, y=11, radius=7)
     right = world.Scene(objects=(item,), ground="navy", texture="striped", phase=(1, 2))
     wrong_items = {
-        "colour": (world.SceneObject(colour="blue", shape="circle", place="center", x=32, y=32, radius=7),),
-        "shape": (world.SceneObject(colour="red", shape="ring", place="center", x=32, y=32, radius=7),),
-        "place": (world.SceneObject(colour="red", shape="circle", place="left", x=11, y=32, radius=7),),
+        "colour": (
+            world.SceneObject(colour="blue", shape="circle", place="center", x=32, y=32, radius=7),
+        ),
+        "shape": (
+            world.SceneObject(colour="red", shape="ring", place="center", x=32, y=32, radius=7),
+        ),
+        "place": (
+            world.SceneObject(colour="red", shape="circle", place="left", x=11, y=32, radius=7),
+        ),
         "extra": (other, item),
     }
     wrong = world.Scene(
@@ -96,7 +102,10 @@ def test_the_continuous_score_falls_smoothly_where_the_exact_one_holds() -> None
     scenes = world.sample(60, 4)
     images = world.draw(scenes)
     blurred = torch.nn.functional.avg_pool2d(images, 3, 1, 1)
-    sharp, soft = score(images, scenes, continuous=True).mean(), score(blurred, scenes, continuous=True).mean()
+    sharp, soft = (
+        score(images, scenes, continuous=True).mean(),
+        score(blurred, scenes, continuous=True).mean(),
+    )
     assert 0.95 < sharp <= 1.0
     assert soft < sharp - 0.01
 

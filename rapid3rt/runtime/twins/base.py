@@ -10,8 +10,14 @@ _MARK = "_rapid3rt_session"
 
 def twin_class(real: type, session: Any, overrides: dict[str, Any]) -> type:
     """A subclass of `real` under its own name that carries the session and some methods."""
-    body = {"__module__": real.__module__, "__qualname__": real.__qualname__, "__doc__": real.__doc__}
-    return type(real.__name__, (real,), {**body, _MARK: session, "_rapid3rt_real": real, **overrides})
+    body = {
+        "__module__": real.__module__,
+        "__qualname__": real.__qualname__,
+        "__doc__": real.__doc__,
+    }
+    return type(
+        real.__name__, (real,), {**body, _MARK: session, "_rapid3rt_real": real, **overrides}
+    )
 
 
 def session_of(component: Any) -> Any | None:

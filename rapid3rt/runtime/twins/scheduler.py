@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteSchedulerOutput,
+)
 
 from rapid3rt.errors import StateError, UnsupportedError
 from rapid3rt.runtime.session import Grid, Session
-from rapid3rt.runtime.twins.base import twin_class
+from rapid3rt.runtime.twins.base import real_class, twin_class
 
 
 def make_scheduler_twin(real: Any, session: Session) -> Any:
@@ -43,9 +45,10 @@ def check_scheduler(real: Any) -> None:
             f"scheduler must be a FlowMatchEulerDiscreteScheduler, got {type(real).__name__}; set pipe.scheduler = "
             "FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config) first"
         )
+    config: Any = real.config
     for name in ("stochastic_sampling", "invert_sigmas"):
-        if real.config.get(name):
-            raise UnsupportedError(f"scheduler option {name} must be off, got {real.config[name]}")
+        if config.get(name):
+            raise UnsupportedError(f"scheduler option {name} must be off, got {config[name]}")
 
 
 def set_timesteps(
@@ -59,7 +62,7 @@ def set_timesteps(
     """Set the pipeline's grid as the real scheduler does, and begin a run."""
     session: Session = type(self)._rapid3rt_session
     frame = _pipeline_frame(session.pipe)
-    real: Any = type(self).__mro__[1]
+    real: Any = real_class(self)
     real.set_timesteps(self, num_inference_steps, device, sigmas, mu, timesteps)
     ticks = len(self.timesteps)
     choice = session.choose(ticks)
@@ -67,12 +70,20 @@ def set_timesteps(
     grid = self
     if steps is not None and steps != ticks:
         if steps > ticks:
-            raise ValueError(f"steps of policy {choice.name!r} must be at most num_inference_steps ({ticks}), got {steps}")
+            raise ValueError(
+                f"steps of policy {choice.name!r} must be at most num_inference_steps ({ticks}), got {steps}"
+            )
         if sigmas is not None or timesteps is not None:
-            raise UnsupportedError(f"policy {choice.name!r} sets its own grid and cannot follow sigmas= or timesteps=")
+            raise UnsupportedError(
+                f"policy {choice.name!r} sets its own grid and cannot follow sigmas= or timesteps="
+            )
         grid = copy.copy(self)
         real.set_timesteps(grid, steps, device, None, mu, None)
-    shift = float(torch.tensor(mu).exp()) if self.config.use_dynamic_shifting and mu is not None else float(self.shift)
+    shift = (
+        float(torch.tensor(mu).exp())
+        if self.config.use_dynamic_shifting and mu is not None
+        else float(self.shift)
+    )
     session.begin(
         choice,
         Grid(
@@ -103,7 +114,9 @@ def _counts_in_ticks(frame: FrameType) -> bool:
     """Whether something in this call counts loop iterations: skip-layer guidance, or a cutoff callback."""
     arguments = frame.f_locals
     callback = arguments.get("callback_on_step_end")
-    return bool(arguments.get("skip_guidance_layers")) or isinstance(callback, PipelineCallback | MultiPipelineCallbacks)
+    return bool(arguments.get("skip_guidance_layers")) or isinstance(
+        callback, PipelineCallback | MultiPipelineCallbacks
+    )
 
 
 def set_begin_index(self: Any, begin_index: int = 0) -> None:
@@ -122,7 +135,8 @@ def scale_noise(
     session: Session = type(self)._rapid3rt_session
     sigma = session.sigma_now()
     if sigma is None or self._step_index is None:
-        noised: torch.Tensor = type(self).__mro__[1].scale_noise(self, sample, timestep, noise)
+        real: Any = real_class(self)
+        noised: torch.Tensor = real.scale_noise(self, sample, timestep, noise)
         return noised
     assert noise is not None
     sigma = sigma.to(sample.dtype).view(-1, *([1] * (sample.ndim - 1)))
@@ -151,4 +165,6 @@ def step(
     session: Session = type(self)._rapid3rt_session
     moved = session.step(model_output, sample)
     self._step_index += 1
-    return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=moved) if return_dict else (moved,)
+    if not return_dict:
+        return (moved,)
+    return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=moved)

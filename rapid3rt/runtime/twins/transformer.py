@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +21,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils.peft_utils import apply_lora_scale
 
 from rapid3rt.errors import UnsupportedError
-from rapid3rt.runtime.twins.base import twin_class
+from rapid3rt.runtime.twins.base import real_class, twin_class
 
 _LOCKS: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 """One lock per real transformer: two pipelines that share it must not open their windows at once."""
@@ -36,7 +37,9 @@ class ForwardSession(Protocol):
 def make_transformer_twin(real: torch.nn.Module, session: ForwardSession) -> torch.nn.Module:
     """A twin of a diffusers transformer. The real one stays usable by others."""
     lock = _LOCKS.setdefault(real, threading.RLock())
-    twin = object.__new__(twin_class(type(real), session, {"__call__": _call_with(session, lock)}))
+    twin: Any = object.__new__(
+        twin_class(type(real), session, {"__call__": _call_with(session, lock)})
+    )
     object.__setattr__(twin, "__dict__", real.__dict__)
     return twin  # type: ignore[no-any-return]
 
@@ -45,7 +48,8 @@ def _call_with(session: ForwardSession, lock: threading.RLock) -> Callable[..., 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self._compiled_call_impl is not None:
             raise UnsupportedError(
-                "compiling the whole transformer hides its blocks; use pipe.transformer.compile_repeated_blocks() instead"
+                "compiling the whole transformer hides its blocks; "
+                "use pipe.transformer.compile_repeated_blocks() instead"
             )
         with lock, _window(self, session):
             return torch.nn.Module.__call__(self, *args, **kwargs)
@@ -56,7 +60,7 @@ def _call_with(session: ForwardSession, lock: threading.RLock) -> Callable[..., 
 @contextmanager
 def _window(module: Any, session: ForwardSession) -> Iterator[None]:
     """Our loop in the innermost forward slot while the context is open."""
-    own = type(module).__mro__[1].forward
+    own = real_class(module).forward  # type: ignore[attr-defined]
     get, put = _innermost_slot(module, own)
     displaced = get()
     put(_loop(module, session, own, displaced))
@@ -73,15 +77,15 @@ def _innermost_slot(module: Any, own: Any) -> tuple[Callable[[], Any], Callable[
     """Where the class's own forward sits: a getter (None: nowhere on the instance) and a setter."""
     attributes = module.__dict__
     registry = attributes.get("_diffusers_hook")
-    holders = [(ref, name) for ref in getattr(registry, "_fn_refs", ()) for name in ("original_forward", "forward")]
-    for holder, name in holders:
-        if getattr(getattr(holder, name, None), "__func__", None) is own:
-            return (lambda: getattr(holder, name)), (lambda value: setattr(holder, name, value))
+    for holder in getattr(registry, "_fn_refs", ()):
+        for name in ("original_forward", "forward"):
+            if getattr(getattr(holder, name, None), "__func__", None) is own:
+                return partial(getattr, holder, name), partial(setattr, holder, name)
     for name in ("_old_forward", "forward"):
         if getattr(attributes.get(name), "__func__", None) is own:
-            return (lambda: attributes[name]), (lambda value: attributes.__setitem__(name, value))
+            return partial(attributes.__getitem__, name), partial(attributes.__setitem__, name)
     if "forward" not in attributes:
-        return (lambda: None), (lambda value: attributes.__setitem__("forward", value))
+        return (lambda: None), partial(attributes.__setitem__, "forward")
     raise UnsupportedError(
         "the transformer's forward has been replaced by something that does not keep the original; "
         "undo that replacement, then call rapid3rt.accelerate again"
@@ -93,7 +97,7 @@ def _loop(module: Any, session: ForwardSession, own: Any, displaced: Any) -> Cal
     owner = threading.get_ident()
     signature = inspect.signature(own)
 
-    @apply_lora_scale("joint_attention_kwargs")
+    @apply_lora_scale("joint_attention_kwargs")  # type: ignore[untyped-decorator]
     def run(transformer: Any, **kwargs: Any) -> Any:
         sample = session.forward(transformer, kwargs)
         return Transformer2DModelOutput(sample=sample) if kwargs["return_dict"] else (sample,)

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native CPU kernels against the reference, over all cases and dtypes: odd lengths, ragged keys, empty lists."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rapid3rt import ops
+from rapid3rt.ops import reference
+from rapid3rt.testing.cases import (
+    CASES,
+    DTYPES,
+    Case,
+    Heads,
+    cases_of,
+    clone_arguments,
+    packed_heads,
+    random_lists,
+    result_tensors,
+)
+from rapid3rt.testing.numerics import assert_close, assert_same_bits
+
+Arguments = tuple[Any, ...]
+
+BITWISE = (
+    "gather_rows",
+    "scatter_rows",
+    "cache_lookup",
+    "cache_store",
+    "gate_residual",
+    "build_block_lists",
+)
+
+
+def widen(arguments: Arguments) -> Arguments:
+    """The same call in float64; coefficients stay float32, as the op wants them."""
+    is_float = [isinstance(a, torch.Tensor) and a.is_floating_point() for a in arguments]
+    return tuple(a.double() if f else a for a, f in zip(arguments, is_float, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases_of(*BITWISE), ids=str)
+def test_native_has_the_bits_of_the_reference(case: Case, dtype: torch.dtype) -> None:
+    native, expected = (
+        clone_arguments(case.arguments(dtype)),
+        clone_arguments(case.arguments(dtype)),
+    )
+    got = result_tensors(getattr(ops, case.op)(*native, backend="native"))
+    want = result_tensors(getattr(ops, case.op)(*expected, backend="reference"))
+    for position in case.writes:
+        assert_same_bits(f"{case!s} argument {position}", native[position], expected[position])
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        if case.op == "cache_store":  # means are summed in another order
+            torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+        else:
+            assert_same_bits(f"{case!s} result {i}", a, b)
+
+
+def eager(case: Case, arguments: Arguments) -> torch.Tensor:
+    """What a user would write in PyTorch, every operation rounded to the dtype."""
+    if case.op == "cache_lookup_norm":
+        embedded, slots, slot, coef, scale, shift, eps = arguments
+        x = embedded
+        for order in range(slots.shape[1]):
+            x = x + coef[:, order, None, None].to(x.dtype) * slots[slot.long(), order]
+        return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale[:, None]) + shift[:, None]
+    x, scale, shift, weight, bias, eps, rms = arguments
+    if rms:
+        normed = F.rms_norm(x, x.shape[-1:], weight, eps)
+        normed = normed if bias is None else normed + bias
+    else:
+        normed = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return normed * (1 + scale[:, None]) + shift[:, None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases_of("norm_modulate", "cache_lookup_norm"), ids=str)
+def test_native_norms_are_as_exact_as_pytorch(case: Case, dtype: torch.dtype) -> None:
+    arguments = case.arguments(dtype)
+    got = getattr(ops, case.op)(*arguments, backend="native")
+    truth = getattr(reference, case.op)(*widen(arguments))
+    assert_close(str(case), got, eager(case, arguments), truth)
+
+
+def masked_sdpa(arguments: Arguments) -> torch.Tensor:
+    q, k, v, mode, count, index, _, kv_len, block_q, block_kv, scale = arguments[:11]
+    blocks = -(-k.shape[2] // block_kv)
+    listed = torch.zeros(*count.shape, blocks + 1, dtype=torch.bool)
+    valid = torch.arange(index.shape[-1]) < count[..., None]
+    listed.scatter_(-1, torch.where(valid, index, blocks).long(), True)
+    seen = listed[..., :blocks] | (mode != 1)[..., None, None]
+    mask = seen.repeat_interleave(block_q, 2).repeat_interleave(block_kv, 3)
+    mask = mask[:, :, : q.shape[2], : k.shape[2]]
+    if kv_len is not None:
+        mask = mask & (torch.arange(k.shape[2]) < kv_len[:, None, None, None])
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).nan_to_num(0.0)
+
+
+def check_attention(what: str, arguments: Arguments) -> None:
+    out, lse = ops.block_sparse_attention(*arguments, backend="native")
+    truth, truth_lse = reference.block_sparse_attention(*widen(arguments))
+    assert_close(what, out, masked_sdpa(arguments), truth)
+    assert out.transpose(1, 2).is_contiguous()
+    assert lse.dtype is torch.float32
+    torch.testing.assert_close(lse.double(), truth_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases_of("block_sparse_attention"), ids=str)
+def test_native_attention_is_as_exact_as_sdpa(case: Case, dtype: torch.dtype) -> None:
+    check_attention(str(case), case.arguments(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases_of("block_sparse_attention_"), ids=str)
+def test_in_place_attention_leaves_skipped_heads_alone(case: Case, dtype: torch.dtype) -> None:
+    for backend in ("native", "reference"):
+        out, lse, *rest = clone_arguments(case.arguments(dtype))
+        q, k, v, mode, *lists = rest
+        ops.block_sparse_attention_(out, lse, *rest, backend=backend)
+        skipped = mode == 2
+        assert skipped.any()
+        assert (out[skipped] == 7).all()
+        assert (lse[skipped] == 7).all()
+        full = mode.clone()
+        full[skipped] = 0
+        want, want_lse = ops.block_sparse_attention(q, k, v, full, *lists, True, backend=backend)
+        assert_same_bits(f"{backend} out", out[~skipped], want[~skipped])
+        assert_same_bits(f"{backend} lse", lse[~skipped], want_lse[~skipped])
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**31),
+    image=st.integers(1, 150),
+    text=st.integers(0, 40),
+    density=st.sampled_from((0.0, 0.02, 0.3, 0.7, 1.0)),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_native_attention_on_random_lists(
+    seed: int, image: int, text: int, density: float, dtype: torch.dtype
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    geometry = Heads(rows=2, heads=2, image=image, text=text, head_dim=16, block=32)
+    q, k, v = packed_heads(g, dtype, geometry)
+    mode = torch.randint(0, 2, (2, 2), generator=g).to(torch.uint8)
+    lists = random_lists(g, geometry, density)
+    check_attention(f"seed {seed}", (q, k, v, mode, *lists, None, 32, 32, 0.25, True))
+
+
+def test_queries_and_keys_may_differ_in_number() -> None:
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, n, 64, generator=g) for n in (70, 130, 130))
+    mode = torch.ones(2, 2, dtype=torch.uint8)
+    index = torch.tensor([[0, 4], [1, 3], [2, 0]], dtype=torch.int32).expand(2, 2, 3, 2)
+    count = torch.tensor([2, 2, 1], dtype=torch.int32).expand(2, 2, 3)
+    arguments = (q, k, v, mode, count, index, None, None, 32, 32, 0.125)
+    assert count.stride()[:2] == (0, 0)  # lists shared by all heads need no copy
+    check_attention("Nq != Nk", (*arguments, True))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_no_rows_give_empty_results(backend: str) -> None:
+    q = torch.empty(0, 2, 64, 64)
+    keep = torch.empty(0, dtype=torch.int32)
+    lists = ops.build_block_lists(q, q, keep, 32, 32, 32, 32, 1.0, backend=backend)
+    out, lse = ops.block_sparse_attention(q, q, q, *lists, None, 32, 32, 1.0, True, backend=backend)
+    assert out.shape == q.shape
+    assert lse.shape == (0, 2, 64)
+
+
+def test_half_precision_conversion_is_exact_for_every_value() -> None:
+    """All 65536 bit patterns of both formats, and float32 values around every rounding boundary."""
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.bfloat16, torch.float16):
+        x = patterns.view(dtype)[None, :, None].contiguous()
+        one = torch.ones(1, 1, dtype=dtype)
+        zero = torch.zeros_like(x)
+        got = ops.gate_residual(zero, one, x, backend="native")
+        want = zero + x
+        finite = ~want.isnan()
+        assert torch.equal(got.isnan(), want.isnan())
+        assert_same_bits(str(dtype), got[finite], want[finite])
+        wide = x.float().flatten()
+        wide = wide[wide.isfinite()].sort().values
+        between = (wide[1:].double() + wide[:-1].double()) / 2
+        # A bfloat16 pair sums to the value; rounding of the sum is what is tested.
+        halves = between.float().to(dtype)
+        rest = (between.float() - halves.float()).to(dtype)
+        a, b = halves[None, :, None].contiguous(), rest[None, :, None].contiguous()
+        exact = (a.float() + b.float()).to(dtype)
+        assert torch.equal(ops.gate_residual(a, one, b, backend="native"), exact)
+
+
+def test_every_op_has_cases() -> None:
+    assert {case.op for case in CASES} == {name for name in ops.__all__ if hasattr(reference, name)}
