@@ -20,10 +20,14 @@ _LISTS = (
 )
 _LOOKUP = "Tensor embedded, Tensor slots, Tensor slot, Tensor coef"
 
+# torch.compile hands the arguments of an op that writes on by name, through a function of its own with a parameter
+# named mode (torch 2.13): the in-place form cannot have one.
+_LISTS_IN_PLACE = _LISTS.replace("Tensor mode", "Tensor modes")
+
 SCHEMAS = {
     "block_sparse_attention": f"(Tensor q, Tensor k, Tensor v, {_LISTS}, bool lse=False) -> (Tensor, Tensor)",
     "block_sparse_attention_": (
-        f"(Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k, Tensor v, {_LISTS}) -> ()"
+        f"(Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k, Tensor v, {_LISTS_IN_PLACE}) -> ()"
     ),
     "build_block_lists": (
         "(Tensor q, Tensor k, Tensor keep, int text_start, int text_len, int block_q, int block_kv, float scale)"

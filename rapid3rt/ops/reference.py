@@ -276,7 +276,8 @@ def block_sparse_attention_(
     out: `[R, H, Nq, K]`, last stride 1, written. lse: float32 `[R, H, Nq]` contiguous or None, written. The others
     as in `block_sparse_attention`.
     """
-    del order  # only tells kernels where to begin
+    if order is not None:  # only tells kernels where to begin
+        _check_ids("order", order, order.shape[0], unique=True)
     _check_lists(mode, count, index, kv_len, -(-k.shape[2] // block_kv), k.shape[2])
     work = torch.promote_types(q.dtype, torch.float32)
     for row in range(q.shape[0]):

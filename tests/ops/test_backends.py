@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choice of backend: explicit fails loudly, automatic falls back with one warning, the environment counts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from rapid3rt import ops
+from rapid3rt.errors import UnsupportedError
+from rapid3rt.ops import backends, library, native, reference
+
+
+@pytest.fixture(autouse=True)
+def _fresh_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.delenv("RAPID3RT_BACKEND", raising=False)
+
+
+def gather(backend: str | None = None) -> torch.Tensor:
+    return ops.gather_rows(torch.arange(3.0), torch.tensor([2], dtype=torch.int32), backend=backend)
+
+
+def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_cpu", None)
+    monkeypatch.setattr(native, "_missing", "module rapid3rt._cpu cannot be loaded: no such file")
+
+
+def test_native_is_chosen_where_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.info()["available"]
+    monkeypatch.setattr(reference, "gather_rows", None)
+    assert gather().item() == 2
+
+
+def test_reference_is_used_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "gather_rows", None)
+    assert gather("reference").item() == 2
+
+
+def test_an_unknown_backend_is_named() -> None:
+    with pytest.raises(
+        ValueError, match="backend must be one of native, flex, reference, got 'cuda'"
+    ):
+        gather("cuda")
+    with pytest.raises(ValueError, match="got 'cuda'"):
+        ops.check_backend("cuda")
+
+
+def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAPID3RT_BACKEND", "reference")
+    monkeypatch.setattr(library, "gather_rows", None)
+    assert gather().item() == 2
+    assert ops.describe_backend() == "reference (RAPID3RT_BACKEND)"
+
+
+def test_an_unknown_backend_in_the_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAPID3RT_BACKEND", "fast")
+    with pytest.raises(ValueError, match=r"RAPID3RT_BACKEND must be one of .*, got 'fast'"):
+        gather()
+
+
+def test_an_explicit_choice_that_is_missing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_native(monkeypatch)
+    with pytest.raises(UnsupportedError, match="no such file"):
+        gather("native")
+    with pytest.raises(UnsupportedError, match="no such file"):
+        ops.check_backend("native")
+    with pytest.raises(UnsupportedError, match="flex"):
+        gather("flex")
+
+
+def test_the_automatic_choice_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_native(monkeypatch)
+    with pytest.warns(
+        RuntimeWarning, match=r"reference ops on device 'cpu', slowly: .*no such file"
+    ) as caught:
+        assert gather().item() == 2
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert gather().item() == 2
+    assert "no such file" in ops.describe_backend()
+
+
+def test_native_has_no_kernels_for_other_devices() -> None:
+    reason = native.missing_reason("meta")
+    assert reason is not None
+    assert "no native kernels for device 'meta'" in reason
+
+
+def test_an_unknown_isa_is_named() -> None:
+    environment = os.environ | {"RAPID3RT_CPU_ISA": "mmx"}
+    command = [sys.executable, "-c", "import rapid3rt.ops"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "RAPID3RT_CPU_ISA must be one of scalar" in done.stderr
+    assert "got 'mmx'" in done.stderr
