@@ -30,7 +30,8 @@ template <class Copy>
 void copy_rows(const RowsParams& p, Copy&& copy) {
   if (p.row_bytes == 0) return;
   const int64_t chunks = (p.row_bytes + kChunkBytes - 1) / kChunkBytes;
-  const int num_threads = threads_for_bytes(2 * p.num_rows * p.row_bytes, p.num_threads);
+  const int num_threads =
+      threads_for_bytes(2 * p.num_rows * p.row_bytes, p.num_threads, kSerialCopyBytes);
   run_queue(p.num_rows * chunks, num_threads, [&] {
     return [&](int64_t item) {
       const int64_t offset = item % chunks * kChunkBytes;

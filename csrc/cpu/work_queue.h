@@ -10,11 +10,14 @@
 
 namespace rapid3rt {
 
-// Calls under about 100 us of work run on the caller: waking a team costs as much.
-constexpr int64_t kSerialBytes = 512 * 1024;
+// Calls under about 100 us of work run on the caller: waking a team costs as much, and where other
+// programs hold a core, a whole slice of the scheduler (8 ms measured). Bytes that one thread
+// handles in that time:
+constexpr int64_t kSerialBytes = 2 * 1024 * 1024;      // with arithmetic
+constexpr int64_t kSerialCopyBytes = 8 * 1024 * 1024;  // copies alone
 
-inline int threads_for_bytes(int64_t bytes, int num_threads) {
-  return bytes < kSerialBytes ? 1 : num_threads;
+inline int threads_for_bytes(int64_t bytes, int num_threads, int64_t serial_bytes = kSerialBytes) {
+  return bytes < serial_bytes ? 1 : num_threads;
 }
 
 // make_worker() is called once per thread and returns a callable worker(item) that may own scratch

@@ -313,10 +313,12 @@ SMALL = Heads(rows=2, heads=2, image=100, text=37, head_dim=40, block=32)
 
 CASES: tuple[Case, ...] = (
     _gather((16, 256, 128), 16, bench=True),
+    _gather((9, 513, 512), 8),
     _gather((5, 3, 7), 2),
     _gather((4, 1), 1),
     _gather((6, 4, 4), 0),
     _scatter((16, 256, 128), 16, bench=True),
+    _scatter((9, 513, 512), 8),
     _scatter((5, 4, 3, 3), 3),
     _scatter((7, 1), 7),
     _scatter((6, 4, 4), 0),
@@ -328,6 +330,7 @@ CASES: tuple[Case, ...] = (
             (3, 3, 65, 40, False),
             (1, 2, 1, 1, False),
             (2, 1, 129, 203, False),
+            (3, 2, 260, 640, False),
             (0, 1, 8, 8, False),
         )
     ),
@@ -335,8 +338,10 @@ CASES: tuple[Case, ...] = (
     _modulate(3, 63, 203, affine=True, rms=False),
     _modulate(2, 1, 17, affine=True, rms=True),
     _modulate(2, 65, 64, affine=False, rms=True),
+    _modulate(3, 260, 1030, affine=True, rms=False),
     _gate(16, 256, 128, bench=True),
     _gate(3, 63, 203),
+    _gate(3, 260, 640),
     _block_lists(TINY, (4,), bench=True),
     _block_lists(SMALL, (2, 0)),
     _block_lists(SMALL, (1, 99)),
