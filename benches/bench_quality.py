@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--tokens", type=int, default=8, help="T5 tokens (all empty); the pipeline's default is 256"
+        "--tokens", type=int, default=32, help="T5 tokens (silent); the pipeline's default is 256"
     )
     parser.add_argument("--cache", type=Path, default=None)
     parser.add_argument("--save", default=None)

@@ -73,6 +73,7 @@ def main() -> None:
             pipe(
                 prompts[:batch],
                 num_inference_steps=STEPS,
+                max_sequence_length=32,
                 generator=generators,
                 output_type="latent",
                 callback_on_step_end=stamp,

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +19,20 @@ def load_tiny(model: str = "sd3") -> Any:
         raise ValueError(f"model must be one of {', '.join(names)}, got {model!r}")
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
-    # The pipeline has no T5 on purpose; the loader would say so each time.
-    verbosity, bars = (
-        diffusers_logging.get_verbosity(),
-        os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"),
-    )
-    level = logging.getLogger("transformers").level
+    # Loading takes a second: bars and notes about optional parts would only be noise.
+    libraries = (diffusers_logging, transformers_logging)
+    verbosity = [library.get_verbosity() for library in libraries]
     try:
-        diffusers_logging.set_verbosity_error()
-        logging.getLogger("transformers").setLevel(logging.ERROR)
+        for library in libraries:
+            library.set_verbosity_error()
+            library.disable_progress_bar()
         pipe = DiffusionPipeline.from_pretrained(ASSETS / model, local_files_only=True)
     finally:
-        diffusers_logging.set_verbosity(verbosity)
-        logging.getLogger("transformers").setLevel(level)
-        if bars is not None:
-            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = bars
+        for library, level in zip(libraries, verbosity, strict=True):
+            library.set_verbosity(level)
+            library.enable_progress_bar()
     return pipe
 
 

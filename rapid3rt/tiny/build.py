@@ -30,7 +30,13 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 from rapid3rt.tiny import scenes as world
 
@@ -118,6 +124,27 @@ def make_text_encoder(vocab_size: int) -> CLIPTextModelWithProjection:
         eos_token_id=EOS,
     )
     return CLIPTextModelWithProjection(config)
+
+
+def make_silent_t5(vocab_size: int) -> T5EncoderModel:
+    """A T5 encoder that says nothing: its last norm has weight 0, so it gives zeros at any length.
+
+    The CLIP encoders carry the caption. Without a third encoder the pipeline would append the same zeros, but
+    `from_pretrained` would insist on being told that the part is missing.
+    """
+    config = T5Config(
+        vocab_size=vocab_size,
+        d_model=128,
+        d_kv=16,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+    )
+    encoder = T5EncoderModel(config).eval()
+    encoder.encoder.final_layer_norm.weight.data.zero_()
+    return encoder
 
 
 def make_vae() -> AutoencoderKL:
@@ -405,8 +432,8 @@ def assemble_sd3(
         tokenizer=tokenizer,
         text_encoder_2=parts["text_encoder_2"],
         tokenizer_2=tokenizer,
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=make_silent_t5(len(tokenizer)),
+        tokenizer_3=tokenizer,
     )
 
 
@@ -417,8 +444,19 @@ def build_sd3(recipe: Recipe, out: Path, work: Path, device: torch.device) -> No
     table, mean, scale = encode_table(recipe, vae, work)
     parts = train_sd3(recipe, table, work, device)
     pipe = assemble_sd3(recipe, parts, vae, mean, scale).to("cpu")
+    save_sd3(recipe, pipe, out)
+
+
+def save_sd3(recipe: Recipe, pipe: StableDiffusion3Pipeline, out: Path) -> None:
+    """Write the pipeline folder with `recipe.json` beside it.
+
+    Transformer and VAE in half precision: diffusers loads them as float32, transformers would keep it.
+    """
+    for part in (pipe.transformer, pipe.vae):
+        part.half()
     pipe.save_pretrained(out)
-    (out / "recipe.json").write_text(json.dumps({"model": "sd3"} | asdict(recipe), indent=1) + "\n")
+    document = {"model": "sd3"} | asdict(recipe)
+    (out / "recipe.json").write_text(json.dumps(document, indent=1) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
