@@ -135,6 +135,7 @@ def test_in_place_attention_leaves_skipped_heads_alone(case: Case, dtype: torch.
         assert_same_bits(f"{backend} lse", lse[~skipped], want_lse[~skipped])
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**31),
