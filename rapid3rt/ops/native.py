@@ -136,7 +136,7 @@ def cache_store(
     """As `reference.cache_store`."""
     out, embedded, slot, gap = (t.contiguous() for t in (out, embedded, slot, gap))
     num_rows, num_tokens, width = embedded.shape
-    stats = torch.empty((num_rows, 3), dtype=torch.float32)
+    stats = embedded.new_empty((num_rows, 3), dtype=torch.float32)
     if out.numel():
         _module().cache_store(
             stats.data_ptr(), slots.data_ptr(), out.data_ptr(), embedded.data_ptr(), slot.data_ptr(), gap.data_ptr(),
@@ -192,10 +192,10 @@ def build_block_lists(
     keep = keep.contiguous()
     num_rows, num_heads, num_tokens, _ = q.shape
     num_q, num_kv = -(-num_tokens // block_q), -(-num_tokens // block_kv)
-    mode = torch.empty((num_rows, num_heads), dtype=torch.uint8)
-    count = torch.empty((num_rows, num_heads, num_q), dtype=torch.int32)
-    index = torch.empty((num_rows, num_heads, num_q, num_kv), dtype=torch.int32)
-    order = torch.empty(num_rows * num_heads * num_q, dtype=torch.int32)
+    mode = q.new_empty((num_rows, num_heads), dtype=torch.uint8)
+    count = q.new_empty((num_rows, num_heads, num_q), dtype=torch.int32)
+    index = q.new_empty((num_rows, num_heads, num_q, num_kv), dtype=torch.int32)
+    order = q.new_empty(num_rows * num_heads * num_q, dtype=torch.int32)
     if order.numel():
         _module().build_block_lists(
             mode.data_ptr(), count.data_ptr(), index.data_ptr(), order.data_ptr(), q.data_ptr(), k.data_ptr(),
@@ -222,7 +222,7 @@ def block_sparse_attention(
     """As `reference.block_sparse_attention`."""
     num_rows, num_heads, len_q, head_dim = q.shape
     out = q.new_empty((num_rows, len_q, num_heads, head_dim)).transpose(1, 2)
-    sums = torch.empty((num_rows, num_heads, len_q) if lse else (0,), dtype=torch.float32)
+    sums = q.new_empty((num_rows, num_heads, len_q) if lse else (0,), dtype=torch.float32)
     lists = (mode, count, index, order, kv_len)
     _attend(out, sums if lse else None, q, k, v, lists, (block_q, block_kv), scale, False)
     return out, sums

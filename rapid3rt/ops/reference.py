@@ -423,7 +423,7 @@ def _check_lists(
         raise ValueError(
             f"count must be in [0, {index.shape[-1]}], got {int(counts.min())} to {int(counts.max())}"
         )
-    in_list = torch.arange(index.shape[-1]) < counts[..., None]
+    in_list = torch.arange(index.shape[-1], device=index.device) < counts[..., None]
     wrong = (lists < 0) | (lists >= num_kv)
     wrong[..., 1:] |= lists[..., 1:] <= lists[..., :-1]
     if bool((wrong & in_list).any()):

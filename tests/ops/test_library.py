@@ -60,6 +60,17 @@ def test_every_op_compiles_into_one_graph(case: Case, backend: str) -> None:
         assert_same_bits(str(case), a, b)
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_a_default_device_does_not_matter(case: Case, backend: str) -> None:
+    want = run(case, case.arguments(torch.float32), backend)
+    arguments = case.arguments(torch.float32)
+    with torch.device("meta"):
+        got = run(case, arguments, backend)
+    for a, b in zip(got, want, strict=True):
+        assert_same_bits(str(case), a, b)
+
+
 @pytest.mark.slow
 def test_the_reuse_path_compiles_with_inductor() -> None:
     def path(x: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
