@@ -13,6 +13,12 @@ from rapid3rt.cli import app
 from rapid3rt.planning.trace import Trace
 
 
+def picture_size(path: Path) -> tuple[int, int]:
+    """Width and height of a picture file."""
+    with Image.open(path) as image:
+        return image.size
+
+
 @pytest.mark.slow
 def test_the_demo_shows_four_ways_and_writes_pictures_and_a_trace(tmp_path: Path) -> None:
     result = CliRunner().invoke(
@@ -21,8 +27,8 @@ def test_the_demo_shows_four_ways_and_writes_pictures_and_a_trace(tmp_path: Path
     assert result.exit_code == 0, result.output
     for words in ("plain, 28 steps", "UniPC", "rapid3rt", "total speed-up"):
         assert words in result.output
-    assert Image.open(tmp_path / "comparison.png").width > 1000
-    assert Image.open(tmp_path / "timeline.png").width > 400
+    assert picture_size(tmp_path / "comparison.png")[0] > 1000
+    assert picture_size(tmp_path / "timeline.png")[0] > 400
     assert len(Trace.load(tmp_path / "trace.json").images) == 8
 
 
@@ -32,7 +38,7 @@ def test_generate_writes_one_image_per_prompt(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["000.png", "001.png"]
-    assert Image.open(tmp_path / "000.png").size == (64, 64)
+    assert picture_size(tmp_path / "000.png") == (64, 64)
 
 
 def test_doctor_names_what_runs() -> None:

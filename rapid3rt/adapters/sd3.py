@@ -189,7 +189,7 @@ class _SparseJointProcessor:
 
 def _heads(attn: Attention, x: torch.Tensor) -> torch.Tensor:
     """`[R, N, H K]` to `[R, H, N, K]`, a view."""
-    return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    return x.view(*x.shape[:2], attn.heads, -1).transpose(1, 2)
 
 
 def _norm(norm: torch.nn.Module | None, x: torch.Tensor) -> torch.Tensor:

@@ -39,23 +39,27 @@ class Fields:
         raise ValueError(msg)
 
     def get(self, name: str) -> Any:
+        """The raw value of a field; an error where it is missing."""
         if name not in self.data:
             self.fail(name, "be present", _MISSING)
         return self.data[name]
 
     def text(self, name: str, choices: tuple[str, ...] = ()) -> str:
+        """A string, one of `choices` where they are given."""
         value = self.get(name)
         if not isinstance(value, str) or (choices and value not in choices):
             self.fail(name, f"be one of {', '.join(choices)}" if choices else "be a string", value)
         return value
 
     def flag(self, name: str) -> bool:
+        """A boolean."""
         value = self.get(name)
         if not isinstance(value, bool):
             self.fail(name, "be true or false", value)
         return value
 
     def integer(self, name: str, low: int, high: int | None = None) -> int:
+        """An integer in a range."""
         value = self.get(name)
         if type(value) is not int or value < low or (high is not None and value > high):
             span = f"in {low}..{high}" if high is not None else f"of at least {low}"
@@ -63,14 +67,17 @@ class Fields:
         return int(value)
 
     def optional_integer(self, name: str, low: int) -> int | None:
+        """An integer or null."""
         return None if self.get(name) is None else self.integer(name, low)
 
     def number(self, name: str, low: float = -math.inf, high: float = math.inf) -> float:
+        """A finite number in a range."""
         return self._number(name, self.get(name), low, high)
 
     def numbers(
         self, name: str, low: float = -math.inf, high: float = math.inf
     ) -> tuple[float, ...]:
+        """A list of finite numbers."""
         return tuple(
             self._number(f"{name}[{i}]", x, low, high) for i, x in enumerate(self.array(name))
         )
@@ -85,15 +92,18 @@ class Fields:
         return tuple((float(x), float(y)) for x, y in self.array(name))
 
     def array(self, name: str) -> list[Any]:
+        """A list."""
         value = self.get(name)
         if not isinstance(value, list):
             self.fail(name, "be a list", value)
         return value
 
     def child(self, name: str) -> Fields:
+        """A nested value as `Fields` of its own."""
         return Fields(self.get(name), self.file, ".".join(p for p in (self.where, name) if p))
 
     def children(self, name: str) -> Iterator[Fields]:
+        """A list of objects."""
         for i, item in enumerate(self.array(name)):
             yield Fields(item, self.file, ".".join(p for p in (self.where, f"{name}[{i}]") if p))
 

@@ -48,10 +48,12 @@ class TraceTick:
     cost: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
+        """This tick as a JSON object."""
         return {**asdict(self), "action": ACTION_NAMES[self.action]}
 
     @classmethod
     def from_fields(cls, fields: Fields) -> TraceTick:
+        """Read one tick; errors name the field."""
         sigma = fields.number("sigma", 0.0)
         return cls(
             sigma=sigma,
@@ -111,6 +113,7 @@ class Trace:
         }
 
     def to_json(self) -> str:
+        """The document as text."""
         return json.dumps(self.to_dict(), allow_nan=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:

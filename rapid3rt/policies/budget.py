@@ -30,6 +30,7 @@ class BudgetedDense:
 
     @property
     def leaves_grid(self) -> bool:
+        """Whether the run leaves the grid; exact after `begin`."""
         return self._inner is None or self._inner.leaves_grid
 
     def begin(self, run: Run) -> None:

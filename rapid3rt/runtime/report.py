@@ -57,6 +57,7 @@ class ImageReport:
 
     @property
     def reuses(self) -> int:
+        """Ticks in which the image reused."""
         return sum(action.kind == ACTION_NAMES[REUSE] for action in self.actions)
 
     @property
@@ -91,6 +92,7 @@ class Report:
 
     @property
     def policy(self) -> str:
+        """Name of the policy that drove the run."""
         return self.trace.policy
 
     @property

@@ -286,7 +286,8 @@ def _train_vae_phase(
         loss = error + recipe.kl_weight * posterior.kl().float().mean() / 4 if noise else error
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        # Only what this phase trains: the encoder may still hold gradients of the phase before.
+        nn.utils.clip_grad_norm_(optimiser.param_groups[0]["params"], 1.0)
         optimiser.step()
         if step % 20 == 0:
             bar.set_postfix(psnr=f"{float(10 * torch.log10(4 / error.detach())):.1f} dB")
