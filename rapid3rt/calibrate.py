@@ -139,13 +139,14 @@ class _Bench:
         self.pipe, self.prompts, self.out, self.steps, self.seed = pipe, prompts, out, steps, seed
         self.batch_size, self.call, self.progress = batch_size, call, progress
         self.model = model_id(pipe.transformer)
-        self.family_name, self.shift = self._probe()
         out.mkdir(parents=True, exist_ok=True)
         settings = [self.model, prompts, steps, seed, sorted(map(str, call.items()))]
         self.key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
         self.path = out / "measurements.json"
         self.values: dict[str, Any] = self._load()
         self._reference: torch.Tensor | None = None
+        probed = self.remember("family and shift", self._probe)
+        self.family_name, self.shift = str(probed[0]), float(probed[1])
 
     def _load(self) -> dict[str, Any]:
         if not self.path.exists():
@@ -165,7 +166,7 @@ class _Bench:
             write_document(self.path, self.values)
         return self.values[key]
 
-    def _probe(self) -> tuple[str, float]:
+    def _probe(self) -> list[Any]:
         """Family and shift of a run, as the runtime sees them: one tick of one image."""
         seen: list[Run] = []
 
@@ -176,7 +177,7 @@ class _Bench:
 
         with _accelerated(self.pipe, Probe(1, trim=True)):
             self._call(self.prompts[:1], [0], 1, output_type="latent")
-        return seen[0].family, seen[0].shift
+        return [seen[0].family, seen[0].shift]
 
     def _call(self, prompts: list[str], noises: list[int], steps: int, **kwargs: Any) -> Any:
         bars = dict(getattr(self.pipe, "_progress_bar_config", {}))
@@ -264,7 +265,8 @@ class _Bench:
 
     def costs(self) -> ActionCosts:
         """Every action's time over the plain pipeline's step, in a batch of 8, median over ticks."""
-        return ActionCosts(**self.remember("costs", self._measure_costs))
+        stored = self.remember("costs", self._measure_costs)
+        return ActionCosts(**{**stored, "levels": tuple(stored["levels"])})
 
     def _measure_costs(self) -> dict[str, Any]:
         prompts = [self.prompts[i % len(self.prompts)] for i in range(COST_BATCH)]
