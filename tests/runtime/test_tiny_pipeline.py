@@ -143,3 +143,19 @@ def test_sparse_levels_change_the_image_a_little_and_are_reported(
     assert not torch.equal(plain, sparse)
     assert (plain - sparse).abs().mean() < 0.2 * plain.abs().mean()
     assert rapid3rt.report(pipe).images[0].timeline == "C11"
+
+
+def test_several_images_of_one_prompt_are_images_of_their_own(pipe: Any) -> None:
+    noise = [torch.Generator().manual_seed(i) for i in range(4)]
+    arguments: dict[str, Any] = {
+        "max_sequence_length": 32,
+        "output_type": "latent",
+        "num_images_per_prompt": 2,
+    }
+    plain = pipe(PROMPTS[:2], num_inference_steps=2, generator=noise, **arguments).images
+    rapid3rt.accelerate(pipe, "dense")
+    noise = [torch.Generator().manual_seed(i) for i in range(4)]
+    assert torch.equal(
+        plain, pipe(PROMPTS[:2], num_inference_steps=2, generator=noise, **arguments).images
+    )
+    assert len(rapid3rt.report(pipe).images) == 4
