@@ -95,7 +95,6 @@ def main() -> None:
             slice(1, -1),
         ),
         "half finished": (Script(lambda i, t: True, ends=1), options.batch, slice(2, -1)),
-        "all finished": (Script(lambda i, t: True, ends=1), 1, slice(2, -1)),
     }
     times: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(options.rounds):
