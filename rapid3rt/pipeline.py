@@ -14,6 +14,7 @@ from rapid3rt import ops
 from rapid3rt.adapters import ADAPTERS, Adapter
 from rapid3rt.errors import StateError, UnsupportedError
 from rapid3rt.policies import parse
+from rapid3rt.policies.base import evaluations_at
 from rapid3rt.policies.budget import with_budget, with_speed
 from rapid3rt.policies.fixed import Dense, Steps
 from rapid3rt.policies.folder import PolicyFolder
@@ -224,7 +225,7 @@ def _choose(source: _Source, budget: int | None, speed: float | None, ticks: int
     notes = source.notes
     cap = budget
     if speed is not None and speed > 1:
-        cap = max(1, int(ticks / speed))
+        cap = evaluations_at(ticks, speed)
         notes += (
             f"speed={speed:g} became budget={cap} of {ticks} steps: this policy has no calibration table",
         )
@@ -239,7 +240,8 @@ def _limit(
     if policy is None:
         if ticks is None or speed == 1 or budget == ticks:
             return Dense()
-        k = budget if budget is not None else max(1, int(ticks / (speed or DEFAULT_SPEED)))
+        k = evaluations_at(ticks, speed) if speed is not None else budget
+        assert k is not None  # `accelerate` fills in a speed where neither was given
         return Steps(k, trim=True, order=2)
     if budget is not None:
         return (

@@ -153,6 +153,11 @@ def step_to(next_sigma: torch.Tensor, order: int) -> StepDecision:
     return StepDecision(next_sigma=next_sigma, order=same)
 
 
+def evaluations_at(ticks: int, speed: float) -> int:
+    """What a speed means where nothing was calibrated: max(1, floor(ticks / speed))."""
+    return max(1, math.floor(ticks / speed))
+
+
 def planned_evaluations(run: Run, budget: int | None, speed: float | None = None) -> int:
     """Evaluations per image: the least of the run's ticks, its budget, `budget`, ticks / `speed`.
 
@@ -161,7 +166,7 @@ def planned_evaluations(run: Run, budget: int | None, speed: float | None = None
     """
     limits = [run.ticks]
     limits += [limit for limit in (run.budget, budget) if limit is not None]
-    limits += [math.floor(run.ticks / speed)] if speed is not None else []
+    limits += [evaluations_at(run.ticks, speed)] if speed is not None else []
     return max(1, min(limits))
 
 
