@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from rapid3rt.ops import checks, library, reference
-from rapid3rt.ops.backends import BACKENDS, check_backend, choose, describe_backend, info
+from rapid3rt.ops.backends import BACKENDS, choose, describe_backend
 
 __all__ = [
     "BACKENDS",
@@ -24,12 +24,10 @@ __all__ = [
     "cache_lookup",
     "cache_lookup_norm",
     "cache_store",
-    "check_backend",
     "describe_backend",
     "choose",
     "gate_residual",
     "gather_rows",
-    "info",
     "norm_modulate",
     "scatter_rows",
 ]

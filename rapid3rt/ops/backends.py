@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import torch
 
@@ -61,24 +60,6 @@ def choose(backend: str | None, device_type: str) -> str:
     return _chosen[key]
 
 
-def check_backend(backend: str | None) -> None:
-    """Raise now what an explicit choice would raise at the first call.
-
-    Raises
-    ------
-    ValueError: no such backend. UnsupportedError: none of the devices of this machine has it.
-    """
-    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    reasons = []
-    for device_type in devices:
-        try:
-            _resolve(backend or envs.backend() or "reference", device_type)
-        except UnsupportedError as error:
-            reasons.append(str(error))
-    if len(reasons) == len(devices):
-        raise UnsupportedError("; ".join(reasons))
-
-
 def describe_backend() -> str:
     """One line: which backend serves the CPU, or why the native one does not."""
     chosen = envs.backend()
@@ -89,13 +70,3 @@ def describe_backend() -> str:
         return f"reference ({built['reason']})"
     threads = "OpenMP" if built["openmp"] else "one thread, no OpenMP"
     return f"native on CPU ({', '.join(built['isas'])}; {threads}), reference elsewhere"
-
-
-def info() -> dict[str, Any]:
-    """What each backend offers here, and why not where it does not."""
-    flex = _missing_reason("flex", "cuda")
-    return {
-        "native": native.info(),
-        "flex": {"available": flex is None, "reason": flex},
-        "reference": {"available": True},
-    }
