@@ -22,9 +22,11 @@ def picture_size(path: Path) -> tuple[int, int]:
 @pytest.mark.slow
 def test_the_demo_shows_four_ways_and_writes_pictures_and_a_trace(tmp_path: Path) -> None:
     result = CliRunner().invoke(
-        app, ["demo", "--quick", "--out", str(tmp_path)], env={"COLUMNS": "200"}
+        app, ["demo", "--quick", "--out", str(tmp_path)], env={"COLUMNS": "80"}
     )
     assert result.exit_code == 0, result.output
+    assert max(map(len, result.output.splitlines())) <= 80
+    assert "…" not in result.output
     for words in ("plain, 28 steps", "UniPC", "rapid3rt", "total speed-up"):
         assert words in result.output
     assert picture_size(tmp_path / "comparison.png")[0] > 1000

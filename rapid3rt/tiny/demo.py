@@ -141,15 +141,14 @@ def tables(demo: Demo) -> tuple[list[list[str]], list[list[str]]]:
                 *quality,
             ]
         )
-    per_image = [
-        ["image", "NFE", "equiv. steps", "ms", "score", "error x1e3", "PSNR dB", "caption"]
-    ]
+    per_image = [["scene", "NFE", "equiv. steps", "ms", "score", "error x1e3", "PSNR dB"]]
     points, errors, psnr = score(ours.images, demo.scenes), ours.error(plain), ours.psnr(plain)
     for i, (entry, scene) in enumerate(zip(demo.report.images, demo.scenes, strict=True)):
         milliseconds = "-" if entry.ms is None else f"{entry.ms:.0f}"
-        caption = scene.caption if len(scene.caption) <= 58 else scene.caption[:55] + "..."
+        objects = f"{len(scene.objects)} object{'s' * (len(scene.objects) > 1)}"
         cells = [f"{entry.nfe}", f"{entry.equivalent_steps:.1f}", milliseconds, f"{points[i]:.2f}"]
-        per_image.append([str(i), *cells, f"{1000 * errors[i]:.2f}", f"{psnr[i]:.1f}", caption])
+        name = f"{i + 1}: {objects}, {scene.texture}"
+        per_image.append([name, *cells, f"{1000 * errors[i]:.2f}", f"{psnr[i]:.1f}"])
     return ways, per_image
 
 
