@@ -230,7 +230,10 @@ def _choose(source: _Source, budget: int | None, speed: float | None, ticks: int
             f"speed={speed:g} became budget={cap} of {ticks} steps: this policy has no calibration table",
         )
     policy = _limit(source.policy, budget, speed, ticks)
-    return Choice(policy=policy, name=source.name, budget=cap, notes=notes)
+    # A policy of the user's own does not plan for a cap: when it is spent, the session lets the image reuse.
+    capped = policy is source.policy and cap is not None
+    reuses = capped or getattr(policy, "reuses", True)
+    return Choice(policy=policy, name=source.name, budget=cap, reuses=reuses, notes=notes)
 
 
 def _limit(

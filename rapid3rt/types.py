@@ -101,9 +101,10 @@ class StepDecision:
 class Policy(Protocol):
     """Structural: any object with these three methods. No base class is required.
 
-    Three optional attributes are read where they exist: `name` (str, shown in the report), `grid_steps` (int: the
-    scheduler is set to that many steps instead of the pipeline's number) and `leaves_grid` (bool, default True: may
-    answer a next_sigma other than the next grid point).
+    Four optional attributes are read where they exist: `name` (str, shown in the report), `grid_steps` (int: the
+    scheduler is set to that many steps instead of the pipeline's number), `leaves_grid` (bool, default True: may
+    answer a next_sigma other than the next grid point) and `reuses` (bool, default True: may answer REUSE; False
+    saves the memory of the residuals).
     """
 
     def begin(self, run: Run) -> None:

@@ -19,11 +19,13 @@ class ResidualCache:
     ----------
     images: B, the batch of the run.
     backend: as in `rapid3rt.ops`, None for automatic.
+    keep: False where nobody will reuse: nothing is stored, no memory is taken.
     """
 
-    def __init__(self, images: int, backend: str | None = None) -> None:
+    def __init__(self, images: int, backend: str | None = None, *, keep: bool = True) -> None:
         self._images = images
         self._backend = backend
+        self.keep = keep
         self._slots: dict[str, torch.Tensor] = {}
         self._filled: dict[str, set[int]] = {}
 
@@ -52,6 +54,8 @@ class ResidualCache:
         images: the images on the host; slot: the same as int32 `[R']` on the device.
         out, embedded: `[R', I, D]`, block stack output and embedded input.
         """
+        if not self.keep:
+            return
         if branch not in self._slots:
             self._slots[branch] = out.new_zeros(self._images, 1, *out.shape[1:])
         gap = torch.zeros(len(images), dtype=torch.float32, device=out.device)

@@ -24,6 +24,8 @@ class BudgetedDense:
     `leaves_grid` is exact after `begin`; before it, it answers for a budget below the ticks.
     """
 
+    reuses = False
+
     def __init__(self, budget: int | None = None, *, speed: float | None = None) -> None:
         self.name, self.budget, self.speed = "dense", budget, speed
         self._inner: Dense | Steps | None = None

@@ -81,6 +81,7 @@ class Controller:
     """
 
     leaves_grid = True
+    reuses = False
 
     def __init__(
         self,

@@ -22,6 +22,7 @@ class Dense:
 
     name = "dense"
     leaves_grid = False
+    reuses = False
 
     def __init__(self) -> None:
         self._sigmas: torch.Tensor | None = None
@@ -44,6 +45,8 @@ class Steps:
     pipeline bit for bit (order 1). `trim` walks `trimmed_sigmas(k)` instead. Order 2 is Adams-
     Bashforth.
     """
+
+    reuses = False
 
     def __init__(self, k: int, *, trim: bool = False, order: int = EULER) -> None:
         self.k, self.trim, self.order = check_count("steps", k), trim, check_order(order)

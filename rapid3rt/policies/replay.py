@@ -19,6 +19,7 @@ class Replay:
         self.trace, self.name = trace, name
         self.grid_steps = trace.grid_steps
         self.leaves_grid = _leaves_grid(trace)
+        self.reuses = any(t.action != COMPUTE for ticks in trace.images for t in ticks)
         self._actions = torch.empty(0)
         self._levels = torch.empty(0)
         self._next = torch.empty(0)

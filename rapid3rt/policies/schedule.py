@@ -196,6 +196,7 @@ class FixedSchedule:
 
     def __init__(self, plan: FixedPlan, *, name: str = "schedule") -> None:
         self.plan, self.name = plan, name
+        self.reuses = any(tick.action != COMPUTE for tick in plan.ticks)
         self._sigmas: torch.Tensor | None = None
 
     def begin(self, run: Run) -> None:
@@ -235,6 +236,7 @@ class ScheduleFamily:
     """
 
     leaves_grid = True
+    reuses = False
 
     def __init__(
         self,

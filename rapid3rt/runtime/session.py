@@ -27,11 +27,12 @@ from rapid3rt.types import COMPUTE, REUSE, ActionCosts, ComputeDecision, Policy,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """What drives one run. notes: sentences for the report (a speed that became a budget, a clamp)."""
+    """What drives one run. reuses: whether residuals must be kept. notes: sentences for the report."""
 
     policy: Policy
     name: str
     budget: int | None
+    reuses: bool = True
     notes: tuple[str, ...] = ()
 
 
@@ -194,7 +195,7 @@ class Session:
         run.num_images = rows // len(branches)
         latents = self.adapter.observe(kwargs, run.num_images)
         run.images = Images.start(run.grid.sigmas, run.grid.timesteps, latents, run.begin)
-        run.cache = ResidualCache(run.num_images, self.executor.backend)
+        run.cache = ResidualCache(run.num_images, self.executor.backend, keep=run.choice.reuses)
         run.run = Run(
             images=run.num_images,
             ticks=run.grid.ticks - run.begin,
@@ -248,6 +249,13 @@ class Session:
         )
         decision = self._enforce(run, decision)
         run.plan = planner.plan(decision, images.done, images.bad, run.choice.name)
+        assert run.cache is not None
+        if not run.cache.keep and REUSE in run.plan.action:
+            image = run.plan.action.index(REUSE)
+            raise ValueError(
+                f"action of policy {run.choice.name!r} for image {image} must be 0 (compute), since the policy says "
+                "reuses = False, got 1 (reuse)"
+            )
         cost = self._costs(run.plan)
         run.frames.append(
             _Frame(sigma=images.sigma, action=run.plan.action, level=run.plan.level, cost=cost)
