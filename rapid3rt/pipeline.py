@@ -16,6 +16,7 @@ from rapid3rt.errors import StateError, UnsupportedError
 from rapid3rt.policies import parse
 from rapid3rt.policies.base import evaluations_at
 from rapid3rt.policies.budget import with_budget, with_speed
+from rapid3rt.policies.controller import Controller
 from rapid3rt.policies.fixed import Dense, Steps
 from rapid3rt.policies.folder import PolicyFolder
 from rapid3rt.policies.schedule import ScheduleFamily
@@ -185,8 +186,13 @@ def _resolve(policy: str | Policy, model: str, family: str) -> _Source:
     if folder is None:
         parsed = parse(policy)
         bundled = _bundled(model)
-        costs = PolicyFolder.load(bundled).costs if bundled else ActionCosts()
-        return _Source(policy=parsed, name=policy, costs=costs)
+        if bundled is None:
+            return _Source(policy=parsed, name=policy, costs=ActionCosts())
+        known = PolicyFolder.load(bundled)
+        if isinstance(parsed, Controller):
+            # Its step sizes are factors on a grid: the one that was searched for this model.
+            parsed = Controller(parsed.tol, family=known.schedule, order=known.schedule.order)
+        return _Source(policy=parsed, name=policy, costs=known.costs)
     loaded = PolicyFolder.load(folder)
     if loaded.schedule.family != family:
         raise ValueError(
