@@ -68,3 +68,14 @@ def test_the_bundled_pipeline_is_a_genuine_one_that_every_kernel_serves() -> Non
 def test_an_unknown_tiny_pipeline_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"model must be one of .*sd3"):
         load_tiny("sd4")
+
+
+def test_the_loss_weighs_what_is_near_an_object() -> None:
+    scene = sample(1, seed=3, split="train")[0]
+    assert len(scene.objects) == 1
+    mask = build._near_objects([scene], 32)[0]
+    item, side = scene.objects[0], 2 * (scene.objects[0].radius + 2)
+    assert mask.sum().item() * 4 == pytest.approx(side**2, rel=0.25)
+    rows, columns = torch.nonzero(mask, as_tuple=True)
+    assert 2 * rows.float().mean().item() + 1 == pytest.approx(item.y, abs=1)
+    assert 2 * columns.float().mean().item() + 1 == pytest.approx(item.x, abs=1)
