@@ -423,8 +423,8 @@ def _flow_loss(
             return_dict=False,
         )[0]
     weight = 1 + (recipe.object_weight - 1) * _near_objects(scenes, x.shape[-1]).to(device)[:, None]
-    error = (velocity.float() - (noise - x)).square()
-    return (weight / weight.mean() * error).mean()
+    loss: torch.Tensor = (weight / weight.mean() * (velocity.float() - (noise - x)).square()).mean()
+    return loss
 
 
 def _near_objects(scenes: list[world.Scene], side: int) -> torch.Tensor:
