@@ -55,7 +55,7 @@ def main() -> None:
 
 def scores(pairs: Pairs) -> dict[str, object]:
     """Scene score at the plain 28 steps, in all and by kind."""
-    points = score((pairs.images(f"plain k={PLAIN}", PLAIN) + 1) / 2, pairs.scenes).numpy()
+    points = score((pairs.images(f"plain k={PLAIN}", PLAIN) + 1) / 2, pairs.scenes)
     low, high = interval(points, np.random.default_rng(0))
     print(f"scene score at {PLAIN} steps, {len(points)} captions: {points.mean():.4f}", end="")
     print(f" ({low:.4f} .. {high:.4f}); exactly right: {(points >= 0.999).mean():.3f}")
