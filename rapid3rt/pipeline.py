@@ -13,8 +13,8 @@ from typing import Any
 from rapid3rt import ops
 from rapid3rt.adapters import ADAPTERS, Adapter
 from rapid3rt.errors import StateError, UnsupportedError
-from rapid3rt.policies import parse
-from rapid3rt.policies.base import evaluations_at
+from rapid3rt.policies import is_rule, parse
+from rapid3rt.policies.base import check_number, evaluations_at
 from rapid3rt.policies.budget import with_budget, with_speed
 from rapid3rt.policies.controller import Controller
 from rapid3rt.policies.fixed import Dense, Steps
@@ -26,10 +26,12 @@ from rapid3rt.runtime.session import Choice, Session
 from rapid3rt.runtime.twins import make_scheduler_twin, make_transformer_twin
 from rapid3rt.runtime.twins.base import session_of
 from rapid3rt.runtime.twins.scheduler import check_scheduler
+from rapid3rt.runtime.twins.transformer import refuse_compiled
 from rapid3rt.types import ActionCosts, Policy
 
 BUNDLED_POLICIES = Path(__file__).parent / "tiny" / "assets"
 DEFAULT_SPEED = 2.5
+_SWAPPED = ("transformer", "scheduler")
 _SMALL_BLOCK, _BLOCK = 32, 64
 _SMALL_MODEL_TOKENS = 1024
 
@@ -67,13 +69,13 @@ def accelerate(
     UnsupportedError: a transformer, scheduler or component that cannot be served.
     StateError: the pipeline is accelerated already.
     """
-    if session_of(getattr(pipe, "transformer", None)) is not None:
-        raise StateError("pipe must not be accelerated already; call rapid3rt.restore(pipe) first")
+    _refuse_twins(pipe)
     adapter = _find_adapter(pipe)
     check_scheduler(pipe.scheduler)
+    refuse_compiled(pipe.transformer)
     if attention not in ("exact", "fast"):
         raise ValueError(f"attention must be 'exact' or 'fast', got {attention!r}")
-    ops.choose(backend, pipe.transformer.device.type)
+    ops.choose(backend, _device_type(pipe))
     _check_dial(budget, speed)
     model = model_id(pipe.transformer)
     source = _resolve(policy, model, adapter.family)
@@ -86,17 +88,28 @@ def accelerate(
     choose = partial(_choose, source, budget, speed)
     session = Session(pipe, adapter, executor, choose, source.costs, model)
     real_transformer, real_scheduler = pipe.transformer, pipe.scheduler
-    scheduler = make_scheduler_twin(real_scheduler, session)
     session.real = (real_transformer, real_scheduler)
+    session.scheduler = make_scheduler_twin(real_scheduler, session)
     pipe.transformer = make_transformer_twin(real_transformer, session)
-    pipe.scheduler = scheduler
+    pipe.scheduler = session.scheduler
     return pipe
 
 
 def restore(pipe: Any) -> Any:
-    """Put the pipeline's own transformer and scheduler back. Raises StateError if it is not accelerated."""
-    session = _session(pipe)
-    pipe.transformer, pipe.scheduler = session.real
+    """Put the pipeline's own transformer and scheduler back; what was exchanged meanwhile stays.
+
+    A pipeline that was made from an accelerated one gets the real ones too; the other stays accelerated. Raises
+    StateError if there is nothing to restore.
+    """
+    sessions = [_session_behind(getattr(pipe, name, None)) for name in _SWAPPED]
+    if not any(sessions):
+        raise StateError("pipe must be accelerated first: rapid3rt.accelerate(pipe)")
+    for i, session in enumerate(sessions):
+        if session is not None:
+            setattr(pipe, _SWAPPED[i], session.real[i])
+    for session in sessions:
+        if session is not None and session.pipe is pipe:
+            session.close()
     return pipe
 
 
@@ -144,7 +157,7 @@ def check(pipe: Any) -> Check:
             else "none bundled; run rapid3rt.calibrate(pipe, prompts, out=DIR) once"
         )
         lines.append(f"policy of model {model}: {name}")
-        device = pipe.transformer.device.type
+        device = _device_type(pipe)
         lines.append(f"kernels: {ops.choose(None, device)} on {device}")
     return Check(supported=supported, lines=tuple(lines))
 
@@ -172,10 +185,14 @@ class _Source:
 
 def _resolve(policy: str | Policy, model: str, family: str) -> _Source:
     if not isinstance(policy, str):
-        if not isinstance(policy, Policy):
+        if isinstance(policy, type) or not isinstance(policy, Policy):
+            got = (
+                f"the class {policy.__name__}"
+                if isinstance(policy, type)
+                else type(policy).__name__
+            )
             raise ValueError(
-                "policy must be a name or have begin, decide_compute and decide_step, "
-                f"got {type(policy).__name__}"
+                f"policy must be a name or have begin, decide_compute and decide_step, got {got}"
             )
         return _Source(
             policy=policy, name=getattr(policy, "name", type(policy).__name__), costs=ActionCosts()
@@ -270,8 +287,8 @@ def _check_dial(budget: int | None, speed: float | None) -> None:
         isinstance(budget, bool) or not isinstance(budget, int) or budget < 1
     ):
         raise ValueError(f"budget must be an integer of 1 to the number of steps, got {budget!r}")
-    if speed is not None and not speed >= 1:
-        raise ValueError(f"speed must be at least 1, got {speed!r}")
+    if speed is not None:
+        check_number("speed", speed, lambda s: s >= 1, "a finite number of at least 1")
 
 
 def _find_adapter(pipe: Any) -> Adapter:
@@ -293,8 +310,8 @@ def _find_adapter(pipe: Any) -> Adapter:
 
 
 def _folder(policy: str) -> Path | None:
-    """A local folder, or a snapshot of a hub id `org/name`; None for rule names."""
-    if ":" in policy:
+    """A local folder, or a snapshot of a hub id `org/name`; None for rule names, which win over a folder."""
+    if is_rule(policy):
         return None
     if Path(policy).is_dir():
         return Path(policy)
@@ -329,11 +346,34 @@ def _block_size(transformer: Any) -> int:
     return _SMALL_BLOCK if on_cpu and tokens <= _SMALL_MODEL_TOKENS else _BLOCK
 
 
-def _session(pipe: Any) -> Session:
-    session: Session | None = session_of(getattr(pipe, "transformer", None))
-    if session is None:
-        raise StateError("pipe must be accelerated first: rapid3rt.accelerate(pipe)")
+def _session_behind(component: Any) -> Session | None:
+    """The session of a twin, also of one that `torch.compile` wrapped; None for what is no twin."""
+    session: Session | None = session_of(getattr(component, "_orig_mod", component))
     return session
+
+
+def _session(pipe: Any) -> Session:
+    for name in _SWAPPED:
+        session = _session_behind(getattr(pipe, name, None))
+        if session is not None and session.pipe is pipe:
+            return session
+    raise StateError("pipe must be accelerated first: rapid3rt.accelerate(pipe)")
+
+
+def _refuse_twins(pipe: Any) -> None:
+    for name in _SWAPPED:
+        if _session_behind(getattr(pipe, name, None)) is not None:
+            raise StateError(
+                f"pipe must not be accelerated already, nor have the {name} of an accelerated pipeline; call "
+                "rapid3rt.restore(pipe) first"
+            )
+
+
+def _device_type(pipe: Any) -> str:
+    """Where the transformer runs; its weights may be elsewhere while they are offloaded."""
+    device = getattr(pipe, "_execution_device", None) or pipe.transformer.device
+    kind: str = device.type
+    return kind
 
 
 __all__ = ["Check", "accelerate", "check", "model_id", "report", "restore"]

@@ -14,6 +14,7 @@ import torch
 
 COMPUTE, REUSE, FORECAST_1, FORECAST_2 = 0, 1, 2, 3
 ACTION_NAMES = ("compute", "reuse", "forecast_1", "forecast_2")
+RUNNABLE_ACTIONS = ACTION_NAMES[:2]
 EULER, ADAMS_BASHFORTH = 1, 2
 
 

@@ -72,5 +72,8 @@ class Adapter(Protocol):
     ) -> torch.Tensor:
         """Final norm and projection: `[A, C, h, w]`."""
 
+    def dense_only(self, transformer: Any) -> str | None:
+        """Why sparse levels must run dense on this transformer; None where they need not."""
+
     def sparse_attention(self, transformer: Any, rows: SparseRows) -> AbstractContextManager[None]:
-        """Exchange the stock attention processors while the context is open. UnsupportedError if none is stock."""
+        """Exchange the stock attention processors while the context is open; others stay dense."""

@@ -6,6 +6,7 @@ The loop calls the diffusers blocks as they are, so LoRA, quantised linears and 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -114,32 +115,44 @@ class SD3Adapter:
         hidden = torch.einsum("nhwpqc->nchpwq", hidden)
         return hidden.reshape(len(hidden), channels, height * patch, width * patch)
 
+    def dense_only(self, transformer: Any) -> str | None:
+        """Fused projections, IP-adapter and PAG bring processors of their own."""
+        if _stock_attention(transformer):
+            return None
+        return "no attention processor of the transformer is the stock one"
+
     @contextmanager
     def sparse_attention(self, transformer: Any, rows: SparseRows) -> Iterator[None]:
         """Put our processor where the stock one sits. Caller holds the transformer's lock."""
-        exchanged = [
-            (module, module.processor)
-            for block in transformer.transformer_blocks
-            for module in (block.attn, getattr(block, "attn2", None))
-            if module is not None and type(module.processor) is JointAttnProcessor2_0
-        ]
-        if not exchanged:
-            raise UnsupportedError("no attention processor of this transformer is the stock one")
-        processor = _SparseJointProcessor(rows)
+        exchanged = [(module, module.processor) for module in _stock_attention(transformer)]
+        owner = threading.get_ident()
         try:
-            for module, _ in exchanged:
-                module.processor = processor
+            for module, stock in exchanged:
+                module.processor = _SparseJointProcessor(rows, stock, owner)
             yield
         finally:
             for module, stock in exchanged:
                 module.processor = stock
 
 
-class _SparseJointProcessor:
-    """Joint attention whose first rows are dense through the model's own call and whose other rows are block-sparse."""
+def _stock_attention(transformer: Any) -> list[Any]:
+    """Attention modules, joint and dual, whose processor is the stock one."""
+    return [
+        module
+        for block in transformer.transformer_blocks
+        for module in (block.attn, getattr(block, "attn2", None))
+        if module is not None and type(module.processor) is JointAttnProcessor2_0
+    ]
 
-    def __init__(self, rows: SparseRows) -> None:
-        self._rows = rows
+
+class _SparseJointProcessor:
+    """Joint attention whose first rows are dense through the model's own call and whose other rows are block-sparse.
+
+    Modules are shared: a thread other than the owner, with a pipeline of its own, gets the stock processor.
+    """
+
+    def __init__(self, rows: SparseRows, stock: Any, owner: int) -> None:
+        self._rows, self._stock, self._owner = rows, stock, owner
 
     def __call__(
         self,
@@ -149,6 +162,11 @@ class _SparseJointProcessor:
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Same projections and order of tokens as the stock processor (image, then text)."""
+        if threading.get_ident() != self._owner:
+            own: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = self._stock(
+                attn, hidden_states, encoder_hidden_states, attention_mask
+            )
+            return own
         del attention_mask  # the stock processor ignores it too
         q, k, v = (_heads(attn, p(hidden_states)) for p in (attn.to_q, attn.to_k, attn.to_v))
         q, k = _norm(attn.norm_q, q), _norm(attn.norm_k, k)

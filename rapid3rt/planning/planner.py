@@ -91,6 +91,13 @@ class Plan:
         )
 
 
+BAD_SIGMA, BAD_ORDER = 1, 2
+_BAD = {
+    BAD_SIGMA: ("next_sigma", "a number, got nan"),
+    BAD_ORDER: ("order", "1 (Euler) or 2 (Adams-Bashforth), got another"),
+}
+
+
 def plan(
     decision: ComputeDecision, done: torch.Tensor, bad: torch.Tensor, policy_name: str
 ) -> Plan:
@@ -99,17 +106,20 @@ def plan(
     Parameters
     ----------
     decision: as the policy gave it, budget and forced computes applied.
-    done: bool `[B]`. bad: bool `[B]`, images whose last `next_sigma` was NaN.
+    done: bool `[B]`. bad: int32 `[B]`, BAD_SIGMA or BAD_ORDER where the last step decision was that.
     policy_name: for the error messages.
 
     Raises
     ------
-    ValueError: an action or level outside its range, or a NaN step.
+    ValueError: an action, level or order outside its range, or a NaN step.
     UnsupportedError: a forecast action, which no policy of this version may take.
     """
-    packed = torch.stack([decision.action.int(), decision.sparsity.int(), done.int(), bad.int()])
+    # 64 bits: a wide integer must not wrap around into a valid answer.
+    packed = torch.stack(
+        [decision.action.long(), decision.sparsity.long(), done.long(), bad.long()]
+    )
     action, level, is_done, is_bad = packed.cpu().tolist()
-    raise_if_nan(is_bad, policy_name)
+    raise_if_bad(is_bad, policy_name)
     for image, (a, s, d) in enumerate(zip(action, level, is_done, strict=True)):
         if d:
             continue
@@ -131,11 +141,12 @@ def plan(
     )
 
 
-def raise_if_nan(flags: list[int], policy_name: str) -> None:
-    """Turn the device's NaN flags into an error that names the policy and the images."""
-    images = [i for i, flag in enumerate(flags) if flag]
-    if images:
-        listed = ", ".join(map(str, images))
-        raise ValueError(
-            f"next_sigma of policy {policy_name!r} must be a number, got nan for image {listed}"
-        )
+def raise_if_bad(flags: list[int], policy_name: str) -> None:
+    """Turn the device's flags into an error that names the policy and the images."""
+    for flag, (name, requirement) in _BAD.items():
+        images = [i for i, f in enumerate(flags) if f == flag]
+        if images:
+            listed = ", ".join(map(str, images))
+            raise ValueError(
+                f"{name} of policy {policy_name!r} must be {requirement} for image {listed}"
+            )

@@ -4,7 +4,7 @@
 from rapid3rt.policies.budget import with_budget, with_speed
 from rapid3rt.policies.controller import Controller
 from rapid3rt.policies.fixed import Dense, Steps
-from rapid3rt.policies.registry import known_names, parse
+from rapid3rt.policies.registry import is_rule, known_names, parse
 from rapid3rt.policies.replay import Replay
 from rapid3rt.policies.schedule import (
     FixedPlan,
@@ -29,6 +29,7 @@ __all__ = [
     "Steps",
     "Threshold",
     "WarpFamily",
+    "is_rule",
     "known_names",
     "load_schedule",
     "parse",

@@ -59,6 +59,9 @@ class PolicyFolder:
             raise ValueError(msg)
         fields = read_fields(folder / "config.json", kind=FORMAT, version=VERSION)
         fields.text("kind", ("schedule",))
+        levels = fields.numbers("levels", 0.0)
+        if not levels:
+            fields.fail("levels", "hold at least the dense cost", [])
         schedule = load_schedule(folder / _SCHEDULE)
         if not isinstance(schedule, WarpFamily):
             msg = f"{folder / _SCHEDULE}: kind must be 'family' in a policy folder, got 'fixed'"
@@ -68,7 +71,7 @@ class PolicyFolder:
             model=fields.text("model"),
             schedule=schedule,
             costs=ActionCosts(
-                levels=fields.numbers("levels", 0.0),
+                levels=levels,
                 reuse=fields.number("reuse", 0.0),
                 measured=fields.flag("measured"),
             ),

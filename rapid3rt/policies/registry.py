@@ -44,6 +44,11 @@ def parse(name: str) -> Policy:
     return _MAKERS[kind](argument)
 
 
+def is_rule(name: str) -> bool:
+    """Whether a name is of a rule that `parse` knows or should complain about, and not of a folder or hub id."""
+    return ":" in name or name in GRAMMAR
+
+
 def known_names(near: str = "") -> list[str]:
     """The grammar of every policy, those whose name is nearest to `near` first."""
 

@@ -5,8 +5,19 @@ from __future__ import annotations
 
 import torch
 
+from rapid3rt.planning import sparsity
 from rapid3rt.planning.trace import Trace
-from rapid3rt.types import COMPUTE, EULER, ComputeDecision, DenoiseState, Run, StepDecision
+from rapid3rt.types import (
+    ACTION_NAMES,
+    COMPUTE,
+    EULER,
+    REUSE,
+    RUNNABLE_ACTIONS,
+    ComputeDecision,
+    DenoiseState,
+    Run,
+    StepDecision,
+)
 
 
 class Replay:
@@ -16,6 +27,7 @@ class Replay:
         if trace.interrupted:
             msg = f"{name} must be of a finished run, got a trace that was interrupted"
             raise ValueError(msg)
+        _check_runnable(trace, name)
         self.trace, self.name = trace, name
         self.grid_steps = trace.grid_steps
         self.leaves_grid = _leaves_grid(trace)
@@ -60,6 +72,18 @@ class Replay:
 
     def _row(self, state: DenoiseState) -> int:
         return min(state.tick, len(self._next) - 1)
+
+
+def _check_runnable(trace: Trace, name: str) -> None:
+    """Raise `ValueError` for a decision that no run of this version can take, naming where it stands."""
+    for i, ticks in enumerate(trace.images):
+        for t, tick in enumerate(ticks):
+            if tick.action not in (COMPUTE, REUSE):
+                msg = f"be one of {', '.join(RUNNABLE_ACTIONS)}, got {ACTION_NAMES[tick.action]!r}"
+                raise ValueError(f"{name}: images[{i}].ticks[{t}].action must {msg}")
+            if tick.level >= sparsity.num_levels():
+                msg = f"be 0 to {sparsity.num_levels() - 1}, got {tick.level}"
+                raise ValueError(f"{name}: images[{i}].ticks[{t}].level must {msg}")
 
 
 def _leaves_grid(trace: Trace) -> bool:

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from rapid3rt.planning import sparsity
 from rapid3rt.planning.jsonfile import Fields, read_fields, write_document
 from rapid3rt.policies.base import (
     Warp,
@@ -39,7 +40,15 @@ from rapid3rt.policies.base import (
     step_to,
     trimmed_sigmas,
 )
-from rapid3rt.types import ACTION_NAMES, COMPUTE, ComputeDecision, DenoiseState, Run, StepDecision
+from rapid3rt.types import (
+    ACTION_NAMES,
+    COMPUTE,
+    RUNNABLE_ACTIONS,
+    ComputeDecision,
+    DenoiseState,
+    Run,
+    StepDecision,
+)
 
 FORMAT = "rapid3rt.schedule"
 VERSION = 1
@@ -126,8 +135,8 @@ def _read_fixed(fields: Fields) -> FixedPlan:
     ticks = tuple(
         ScheduleTick(
             sigma=entry.number("sigma", 0.0, 1.0),
-            action=ACTION_NAMES.index(entry.text("action", ACTION_NAMES)),
-            level=entry.integer("level", 0),
+            action=ACTION_NAMES.index(entry.text("action", RUNNABLE_ACTIONS)),
+            level=entry.integer("level", 0, sparsity.num_levels() - 1),
             order=entry.integer("order", 1, 2),
         )
         for entry in fields.children("ticks")

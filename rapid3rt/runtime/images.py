@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rapid3rt.planning.planner import BAD_ORDER, BAD_SIGMA
 from rapid3rt.types import COMPUTE, ComputeDecision, DenoiseState, StepDecision
 
 NUM_TRAIN_TIMESTEPS = 1000
@@ -23,6 +24,7 @@ MAX_STEP_RATIO = 8.0
 class Images:
     """Per-image state of one run; see `DenoiseState` for the fields that policies see.
 
+    bad: int32 `[B]`, what was wrong with the last step decision, 0 for nothing; the next plan reads it.
     sigmas: float32 `[n + 1]`, timesteps: float32 `[n]`, the scheduler's. index: int64 `[B]` into them, -1 off grid.
     v_last, v_before: guided velocities of the last two computes, sigma_last, sigma_before where they were taken;
     computes: int32 `[B]`, how many of them there are.
@@ -71,7 +73,7 @@ class Images:
             since_compute=integers(),
             equivalent_steps=numbers(),
             done=flags(),
-            bad=flags(),
+            bad=integers(),
             reference=torch.zeros_like(latents),
             sigma_last=numbers(),
             sigma_before=numbers(),
@@ -135,9 +137,14 @@ class Images:
         New latents `[B, ...]` in the velocity's dtype, and the sigma each image moved to, float32 `[B]`.
         """
         wanted = decision.next_sigma.to(torch.float32)
-        self.bad = torch.isnan(wanted) & ~self.done
         # A NaN is an error at the next plan; until then the image stands still.
-        target = torch.where(self.bad, self.sigma, wanted).clamp(min=0.0)
+        nan = torch.isnan(wanted)
+        self.bad = torch.where(nan, BAD_SIGMA, 0)
+        if decision.order is not None:
+            order = decision.order
+            self.bad = torch.where((order < 1) | (order > 2), BAD_ORDER, self.bad)
+        self.bad = torch.where(self.done, 0, self.bad)
+        target = torch.where(nan, self.sigma, wanted).clamp(min=0.0)
         target = torch.minimum(target, self.sigma)
         if last:
             target = torch.zeros_like(target)

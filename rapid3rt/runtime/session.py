@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from rapid3rt.adapters.base import Adapter
 from rapid3rt.cache import ResidualCache
 from rapid3rt.errors import StateError, UnsupportedError
 from rapid3rt.planning import planner, sparsity
+from rapid3rt.runtime.answers import check_compute, check_step
 from rapid3rt.runtime.executor import Executor
 from rapid3rt.runtime.images import Images
 from rapid3rt.runtime.report import Report
@@ -81,6 +82,8 @@ class _RunState:
     frames: list[_Frame] = field(default_factory=list)
     run: Run | None = None
     position: torch.Tensor | None = None
+    notes: tuple[str, ...] = ()
+    ended: bool = False
 
     @property
     def last_tick(self) -> bool:
@@ -108,6 +111,7 @@ class Session:
         self.pipe, self.adapter, self.executor = pipe, adapter, executor
         self.choose, self.costs, self.model = choose, costs, model
         self.real: tuple[Any, Any] = (None, None)
+        self.scheduler: Any = None
         self._state: _RunState | None = None
 
     # Begin and end -------------------------------------------------------------------------------------------------
@@ -161,7 +165,7 @@ class Session:
             transformer, kwargs, timestep if rows is None else timestep[rows], rows
         )
         if call == 0:
-            self._decide(run, kwargs, embedded, known)
+            self._decide(run, transformer, kwargs, embedded, known)
             assert run.plan is not None
             if run.plan.finished:
                 return torch.zeros_like(hidden)
@@ -229,7 +233,12 @@ class Session:
         return both[0, : len(rows)], both[1]
 
     def _decide(
-        self, run: _RunState, kwargs: Mapping[str, Any], embedded: Any, known: list[int] | None
+        self,
+        run: _RunState,
+        transformer: Any,
+        kwargs: Mapping[str, Any],
+        embedded: Any,
+        known: list[int] | None,
     ) -> None:
         """Observe, ask the policy, enforce budget and first compute, plan: the one host read of the tick."""
         images = run.images
@@ -244,10 +253,8 @@ class Session:
         )
         drift, conditioning = self._drift(run, seen, index), _put(temb, index, run.num_images)
         run.state = images.view(run.tick, latents, drift, conditioning)
-        decision = _checked(
-            run.choice.policy.decide_compute(run.state), run.num_images, run.choice.name
-        )
-        decision = self._enforce(run, decision)
+        answer = run.choice.policy.decide_compute(run.state)
+        decision = self._enforce(run, check_compute(answer, run.num_images, run.choice.name))
         run.plan = planner.plan(decision, images.done, images.bad, run.choice.name)
         assert run.cache is not None
         if not run.cache.keep and REUSE in run.plan.action:
@@ -256,6 +263,9 @@ class Session:
                 f"action of policy {run.choice.name!r} for image {image} must be 0 (compute), since the policy says "
                 "reuses = False, got 1 (reuse)"
             )
+        if any(run.plan.level) and (reason := self.adapter.dense_only(transformer)):
+            run.plan = replace(run.plan, level=(0,) * run.num_images)
+            run.notes = (f"sparse levels ran dense: {reason}",)
         cost = self._costs(run.plan)
         run.frames.append(
             _Frame(sigma=images.sigma, action=run.plan.action, level=run.plan.level, cost=cost)
@@ -274,9 +284,7 @@ class Session:
         if run.choice.budget is not None:
             action = torch.where(images.nfe >= run.choice.budget, REUSE, action)
         action = torch.where(images.nfe == 0, COMPUTE, action)
-        return ComputeDecision(
-            action=action.to(torch.int8), sparsity=decision.sparsity.to(torch.int32)
-        )
+        return ComputeDecision(action=action, sparsity=decision.sparsity)
 
     def _drift(
         self, run: _RunState, seen: torch.Tensor, index: torch.Tensor | None
@@ -335,16 +343,13 @@ class Session:
         if run.images is None or run.plan is None or run.calls == 0:
             raise StateError("scheduler.step must come after a transformer call of the same tick")
         run.calls = 0
+        run.ended = run.last_tick
         if run.plan.finished:
             run.tick += 1
             return sample.to(velocity.dtype)
         assert run.computes is not None
-        decision = run.choice.policy.decide_step(run.state, velocity)
-        if decision.next_sigma.shape != (run.num_images,):
-            raise ValueError(
-                f"next_sigma of policy {run.choice.name!r} must have shape ({run.num_images},), "
-                f"got {tuple(decision.next_sigma.shape)}"
-            )
+        answer = run.choice.policy.decide_step(run.state, velocity)
+        decision = check_step(answer, run.num_images, run.choice.name)
         latents, target = run.images.step_latents(
             decision, sample, velocity, run.computes, run.last_tick
         )
@@ -353,7 +358,7 @@ class Session:
         now = time.perf_counter()
         frame.ms, run.started = 1000 * (now - run.started), now
         if run.last_tick:
-            planner.raise_if_nan(run.images.bad.int().tolist(), run.choice.name)
+            planner.raise_if_bad(run.images.bad.tolist(), run.choice.name)
             self._release(run)
         run.tick += 1
         return latents
@@ -370,11 +375,17 @@ class Session:
         )
 
     def _require_run(self) -> _RunState:
-        if self._state is None:
+        own = self.pipe is not None and self.pipe.scheduler is self.scheduler
+        if self._state is None or self._state.ended or not own:
             raise StateError(
-                "the transformer of an accelerated pipeline must be called by that pipeline's own loop"
+                "the transformer of an accelerated pipeline must be called by that pipeline's own loop, after its own "
+                "scheduler's set_timesteps; where a component was exchanged: restore, then accelerate again"
             )
         return self._state
+
+    def close(self) -> None:
+        """Let go of the pipeline: twins may outlive it in the hooks of others."""
+        self.pipe = self.scheduler = self._state = None
 
     # What happened -------------------------------------------------------------------------------------------------
 
@@ -421,7 +432,8 @@ class Session:
     def report(self) -> Report:
         """The last run as a table, a file or a picture."""
         trace = self.trace()
-        return Report(trace, notes=() if self._state is None else self._state.choice.notes)
+        notes = () if self._state is None else (*self._state.choice.notes, *self._state.notes)
+        return Report(trace, notes=notes)
 
 
 def _put(rows: torch.Tensor, index: torch.Tensor | None, total: int) -> torch.Tensor:
@@ -429,13 +441,3 @@ def _put(rows: torch.Tensor, index: torch.Tensor | None, total: int) -> torch.Te
     if index is None:
         return rows
     return rows.new_zeros(total, *rows.shape[1:]).index_copy(0, index, rows)
-
-
-def _checked(decision: ComputeDecision, images: int, name: str) -> ComputeDecision:
-    for field_name in ("action", "sparsity"):
-        shape = tuple(getattr(decision, field_name).shape)
-        if shape != (images,):
-            raise ValueError(
-                f"{field_name} of policy {name!r} must have shape ({images},), got {shape}"
-            )
-    return decision

@@ -129,7 +129,7 @@ def test_a_wrong_field_of_a_fixed_schedule_is_named(change, message, tmp_path):
         (2, {"sigma": 1.5}, r"ticks\[2\]\.sigma must be in 0\.\.1, got 1.5"),
         (0, {"action": "reuse"}, r"ticks\[0\]\.action must be compute"),
         (2, {"action": "sleep"}, r"ticks\[2\]\.action must be one of compute, reuse"),
-        (1, {"level": -1}, r"ticks\[1\]\.level must be an integer of at least 0, got -1"),
+        (1, {"level": -1}, r"ticks\[1\]\.level must be an integer in 0\.\.3, got -1"),
         (1, {"order": 3}, r"ticks\[1\]\.order must be an integer in 1\.\.2, got 3"),
     ],
 )

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteSchedulerOutput,
@@ -98,11 +98,17 @@ def set_timesteps(
 
 
 def _pipeline_frame(pipe: Any) -> FrameType:
-    """The running `__call__` of this pipeline: callbacks and windows are its locals and live nowhere else."""
+    """The running `__call__` of this pipeline: callbacks and windows are its locals and live nowhere else.
+
+    It must be the innermost call of a pipeline: one that runs inside a callback of this one is another.
+    """
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
-        if frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is pipe:
+        caller = frame.f_locals.get("self") if frame.f_code.co_name == "__call__" else None
+        if pipe is not None and caller is pipe:
             return frame
+        if isinstance(caller, DiffusionPipeline):
+            break
         frame = frame.f_back
     raise StateError(
         "set_timesteps of an accelerated pipeline's scheduler must be called by that pipeline; another pipeline that "

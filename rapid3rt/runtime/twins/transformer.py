@@ -46,15 +46,24 @@ def make_transformer_twin(real: torch.nn.Module, session: ForwardSession) -> tor
 
 def _call_with(session: ForwardSession, lock: threading.RLock) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._compiled_call_impl is not None:
-            raise UnsupportedError(
-                "compiling the whole transformer hides its blocks; "
-                "use pipe.transformer.compile_repeated_blocks() instead"
-            )
+        refuse_compiled(self)
         with lock, _window(self, session):
             return torch.nn.Module.__call__(self, *args, **kwargs)
 
     return call
+
+
+def refuse_compiled(transformer: Any) -> None:
+    """Raise UnsupportedError where the whole transformer was compiled in place."""
+    if transformer._compiled_call_impl is None:
+        return
+    # diffusers knows the repeated blocks of some families only; SD3 is not among them.
+    instead = "for block in pipe.transformer.transformer_blocks: block.compile()"
+    if getattr(transformer, "_repeated_blocks", None):
+        instead = "pipe.transformer.compile_repeated_blocks()"
+    raise UnsupportedError(
+        f"compiling the whole transformer hides its blocks; compile them instead: {instead}"
+    )
 
 
 @contextmanager
