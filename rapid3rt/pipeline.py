@@ -24,7 +24,7 @@ from rapid3rt.runtime.executor import Executor
 from rapid3rt.runtime.report import Report
 from rapid3rt.runtime.session import Choice, Session
 from rapid3rt.runtime.twins import make_scheduler_twin, make_transformer_twin
-from rapid3rt.runtime.twins.base import session_of
+from rapid3rt.runtime.twins.base import real_class, session_of
 from rapid3rt.runtime.twins.scheduler import check_scheduler
 from rapid3rt.runtime.twins.transformer import refuse_compiled
 from rapid3rt.types import ActionCosts, Policy
@@ -106,7 +106,7 @@ def restore(pipe: Any) -> Any:
         raise StateError("pipe must be accelerated first: rapid3rt.accelerate(pipe)")
     for i, session in enumerate(sessions):
         if session is not None:
-            setattr(pipe, _SWAPPED[i], session.real[i])
+            setattr(pipe, _SWAPPED[i], _real_behind(getattr(pipe, _SWAPPED[i]), session, i))
     for session in sessions:
         if session is not None and session.pipe is pipe:
             session.close()
@@ -141,7 +141,7 @@ def check(pipe: Any) -> Check:
         supported = False
         lines.append(f"transformer: not supported: {error}")
     try:
-        check_scheduler(pipe.scheduler)
+        check_scheduler(getattr(pipe, "scheduler", None))
         lines.append(
             f"scheduler: {type(pipe.scheduler).__name__}, every image may have its own sigma"
         )
@@ -311,11 +311,15 @@ def _find_adapter(pipe: Any) -> Adapter:
 
 def _folder(policy: str) -> Path | None:
     """A local folder, or a snapshot of a hub id `org/name`; None for rule names, which win over a folder."""
-    if is_rule(policy):
+    if is_rule(policy) or not policy:
         return None
     if Path(policy).is_dir():
         return Path(policy)
-    if policy.count("/") == 1 and not policy.startswith((".", "/", "~")):
+    if policy.startswith((".", "/", "~")):
+        raise ValueError(
+            f"policy must be a rule or a folder that exists, got {policy!r}, which is not there"
+        )
+    if policy.count("/") == 1:
         from huggingface_hub import snapshot_download
 
         try:
@@ -350,6 +354,15 @@ def _session_behind(component: Any) -> Session | None:
     """The session of a twin, also of one that `torch.compile` wrapped; None for what is no twin."""
     session: Session | None = session_of(getattr(component, "_orig_mod", component))
     return session
+
+
+def _real_behind(component: Any, session: Session, which: int) -> Any:
+    """What a twin stands for. A deep copy of a twin holds copied weights, so it becomes the real class itself."""
+    twin, real = getattr(component, "_orig_mod", component), session.real[which]
+    if twin is session.scheduler or twin.__dict__ is real.__dict__:
+        return real
+    twin.__class__ = real_class(twin)
+    return twin
 
 
 def _session(pipe: Any) -> Session:

@@ -26,7 +26,9 @@ def _missing_reason(backend: str, device_type: str) -> str | None:
 
 
 def _resolve(backend: str | None, device_type: str) -> str:
-    name, value = ("backend", backend) if backend else ("RAPID3RT_BACKEND", envs.backend())
+    name, value = (
+        ("backend", backend) if backend is not None else ("RAPID3RT_BACKEND", envs.backend())
+    )
     if value is not None:
         if value not in BACKENDS:
             raise ValueError(f"{name} must be one of {', '.join(BACKENDS)}, got {value!r}")

@@ -77,6 +77,11 @@ class Replay:
 def _check_runnable(trace: Trace, name: str) -> None:
     """Raise `ValueError` for a decision that no run of this version can take, naming where it stands."""
     for i, ticks in enumerate(trace.images):
+        if ticks and ticks[0].action != COMPUTE:
+            msg = "must be compute (there is nothing to reuse yet)"
+            raise ValueError(
+                f"{name}: images[{i}].ticks[0].action {msg}, got {ACTION_NAMES[ticks[0].action]!r}"
+            )
         for t, tick in enumerate(ticks):
             if tick.action not in (COMPUTE, REUSE):
                 msg = f"be one of {', '.join(RUNNABLE_ACTIONS)}, got {ACTION_NAMES[tick.action]!r}"

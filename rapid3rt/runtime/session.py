@@ -20,10 +20,16 @@ from rapid3rt.errors import StateError, UnsupportedError
 from rapid3rt.planning import planner, sparsity
 from rapid3rt.runtime.answers import check_compute, check_step
 from rapid3rt.runtime.executor import Executor
+from rapid3rt.runtime.frames import pipeline_call
 from rapid3rt.runtime.images import Images
 from rapid3rt.runtime.report import Report
 from rapid3rt.runtime.trace import Trace, TraceTick
 from rapid3rt.types import COMPUTE, REUSE, ActionCosts, ComputeDecision, Policy, Run
+
+_FOREIGN_CALL = (
+    "the transformer of an accelerated pipeline must be called by that pipeline's own loop, after its own scheduler's "
+    "set_timesteps; where a component was exchanged: restore, then accelerate again"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,10 +134,9 @@ class Session:
             )
         self._state = _RunState(choice=choice, grid=grid)
 
-    @property
-    def begun(self) -> bool:
-        """Whether a run has been started."""
-        return self._state is not None
+    def discard(self) -> None:
+        """Forget the run before, whether it ended or not."""
+        self._state = None
 
     def set_begin_index(self, index: int) -> None:
         """The pipeline starts at this grid index (img2img)."""
@@ -143,6 +148,8 @@ class Session:
     def forward(self, transformer: Any, kwargs: Mapping[str, Any]) -> torch.Tensor:
         """One transformer call: velocity of all rows, `[R, C, h, w]`."""
         run = self._require_run()
+        if pipeline_call(self.pipe) is None:
+            raise StateError(_FOREIGN_CALL)
         call, run.calls = run.calls, run.calls + 1
         branches = self.adapter.branches(self.pipe, call, kwargs)
         self.adapter.refuse(kwargs)
@@ -377,10 +384,7 @@ class Session:
     def _require_run(self) -> _RunState:
         own = self.pipe is not None and self.pipe.scheduler is self.scheduler
         if self._state is None or self._state.ended or not own:
-            raise StateError(
-                "the transformer of an accelerated pipeline must be called by that pipeline's own loop, after its own "
-                "scheduler's set_timesteps; where a component was exchanged: restore, then accelerate again"
-            )
+            raise StateError(_FOREIGN_CALL)
         return self._state
 
     def close(self) -> None:

@@ -7,18 +7,18 @@ Signatures are the real ones, because pipelines inspect them. `timesteps` stays 
 from __future__ import annotations
 
 import copy
-import sys
 from types import FrameType
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteSchedulerOutput,
 )
 
 from rapid3rt.errors import StateError, UnsupportedError
+from rapid3rt.runtime.frames import pipeline_call
 from rapid3rt.runtime.session import Grid, Session
 from rapid3rt.runtime.twins.base import real_class, twin_class
 
@@ -61,7 +61,13 @@ def set_timesteps(
 ) -> None:
     """Set the pipeline's grid as the real scheduler does, and begin a run."""
     session: Session = type(self)._rapid3rt_session
-    frame = _pipeline_frame(session.pipe)
+    frame = pipeline_call(session.pipe)
+    if frame is None:
+        raise StateError(
+            "set_timesteps of an accelerated pipeline's scheduler must be called by that pipeline; another pipeline "
+            "that was built from it must be built before rapid3rt.accelerate, or after rapid3rt.restore"
+        )
+    session.discard()
     real: Any = real_class(self)
     real.set_timesteps(self, num_inference_steps, device, sigmas, mu, timesteps)
     ticks = len(self.timesteps)
@@ -94,25 +100,6 @@ def set_timesteps(
             stay_on_grid=_counts_in_ticks(frame),
             grid_steps=steps,
         ),
-    )
-
-
-def _pipeline_frame(pipe: Any) -> FrameType:
-    """The running `__call__` of this pipeline: callbacks and windows are its locals and live nowhere else.
-
-    It must be the innermost call of a pipeline: one that runs inside a callback of this one is another.
-    """
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        caller = frame.f_locals.get("self") if frame.f_code.co_name == "__call__" else None
-        if pipe is not None and caller is pipe:
-            return frame
-        if isinstance(caller, DiffusionPipeline):
-            break
-        frame = frame.f_back
-    raise StateError(
-        "set_timesteps of an accelerated pipeline's scheduler must be called by that pipeline; another pipeline that "
-        "was built from it must be built before rapid3rt.accelerate, or after rapid3rt.restore"
     )
 
 
