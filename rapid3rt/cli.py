@@ -45,8 +45,15 @@ def _load(model: str) -> Any:
 
 
 def _print_table(rows: list[list[str]], title: str) -> None:
-    # No vertical lines: the table of images then fits 80 columns.
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    # No vertical lines and two spaces between columns: the table of images then fits 80 columns.
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     for i, name in enumerate(rows[0]):
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
     for row in rows[1:]:

@@ -123,7 +123,7 @@ def pick_scenes(seed: int) -> list[Scene]:
 def tables(demo: Demo) -> tuple[list[list[str]], list[list[str]]]:
     """Cells of the two tables: per way (with a header), per image of our row (with a header)."""
     plain, ours = demo.rows[0], demo.rows[-1]
-    ways = [["way", "NFE", "ms", "speed-up", "scene score", "error x1e3", "PSNR dB"]]
+    ways = [["way", "NFE", "ms", "speed-up", "score", "MSE x1e3", "PSNR dB"]]
     for row in demo.rows:
         quality = (
             ["-", "-"]
@@ -141,7 +141,7 @@ def tables(demo: Demo) -> tuple[list[list[str]], list[list[str]]]:
                 *quality,
             ]
         )
-    per_image = [["scene", "NFE", "equiv. steps", "ms", "score", "error x1e3", "PSNR dB"]]
+    per_image = [["scene", "NFE", "equiv. steps", "ms", "score", "MSE x1e3", "PSNR dB"]]
     points, errors, psnr = score(ours.images, demo.scenes), ours.error(plain), ours.psnr(plain)
     for i, (entry, scene) in enumerate(zip(demo.report.images, demo.scenes, strict=True)):
         milliseconds = "-" if entry.ms is None else f"{entry.ms:.0f}"
