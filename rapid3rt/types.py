@@ -22,7 +22,8 @@ EULER, ADAMS_BASHFORTH = 1, 2
 class ActionCosts:
     """Cost of each action in units of one step of the plain pipeline (METHOD.md, section 1).
 
-    `levels[0]` is the dense step, `levels[j]` a step at sparsity level j. `measured` is False for estimates from FLOPs.
+    `levels[0]` is the dense step, `levels[j]` a step at sparsity level j; levels that are missing are estimated from
+    FLOPs when a run begins. measured: whether what is listed was measured.
     """
 
     levels: tuple[float, ...] = (1.0,)

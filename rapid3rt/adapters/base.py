@@ -52,6 +52,9 @@ class Adapter(Protocol):
     def resolution(self, transformer: Any, kwargs: Mapping[str, Any]) -> tuple[int, int]:
         """Image tokens as (rows, columns)."""
 
+    def image_attention_share(self, transformer: Any, kwargs: Mapping[str, Any]) -> float:
+        """FLOPs of image queries over image keys, as a share of the block stack's, 0 to 1."""
+
     def embed(
         self,
         transformer: Any,

@@ -61,6 +61,17 @@ class SD3Adapter:
         height, width = kwargs["hidden_states"].shape[-2:]
         return height // patch, width // patch
 
+    def image_attention_share(self, transformer: Any, kwargs: Mapping[str, Any]) -> float:
+        """Per joint block 24 D^2 a token for its linears (QKV, output, MLP of 4 D), 4 D a pair for attention."""
+        rows, columns = self.resolution(transformer, kwargs)
+        image, text = rows * columns, kwargs["encoder_hidden_states"].shape[1]
+        width, layers = transformer.inner_dim, len(transformer.transformer_blocks)
+        dual = len(transformer.config.dual_attention_layers)
+        pairs = 4 * width * image**2 * (layers + dual)
+        linears = 24 * width**2 * (image + text) * layers + 8 * width**2 * image * dual
+        text_pairs = 4 * width * ((image + text) ** 2 - image**2) * layers
+        return float(pairs / (pairs + linears + text_pairs))
+
     def embed(
         self,
         transformer: Any,
@@ -191,11 +202,12 @@ class _SparseJointProcessor:
         if dense:
             parts.append(F.scaled_dot_product_attention(q[:dense], k[:dense], v[:dense]))
         q, k, v = q[dense:], k[dense:], v[dense:]
-        image_blocks = num_image // block
+        num_text = q.shape[2] - num_image
+        # The block in which text begins is a text block; without text the last, ragged one is the image's.
+        image_blocks = num_image // block if num_text else -(-num_image // block)
         keep = [sparsity.kept_blocks(level, image_blocks) for level in rows.levels[dense:]]
         keep_rows = torch.tensor(keep, dtype=torch.int32, device=q.device)
         scale = q.shape[-1] ** -0.5
-        num_text = q.shape[2] - num_image
         mode, count, index, order = ops.build_block_lists(
             q, k, keep_rows, num_image, num_text, block, block, scale, backend=rows.backend
         )

@@ -7,6 +7,7 @@ one left, also after an exception. The session knows policies and adapters by pr
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from rapid3rt.adapters.base import Adapter
 from rapid3rt.cache import ResidualCache
 from rapid3rt.errors import StateError, UnsupportedError
 from rapid3rt.planning import planner, sparsity
+from rapid3rt.planning.costs import with_estimates
 from rapid3rt.runtime.answers import check_compute, check_step
 from rapid3rt.runtime.executor import Executor
 from rapid3rt.runtime.frames import pipeline_call
@@ -87,7 +89,7 @@ class _RunState:
     started: float = 0.0
     frames: list[_Frame] = field(default_factory=list)
     run: Run | None = None
-    position: torch.Tensor | None = None
+    costs: ActionCosts = field(default_factory=ActionCosts)
     notes: tuple[str, ...] = ()
     ended: bool = False
 
@@ -207,15 +209,21 @@ class Session:
         latents = self.adapter.observe(kwargs, run.num_images)
         run.images = Images.start(run.grid.sigmas, run.grid.timesteps, latents, run.begin)
         run.cache = ResidualCache(run.num_images, self.executor.backend, keep=run.choice.reuses)
+        resolution = self.adapter.resolution(transformer, kwargs)
+        run.costs = with_estimates(
+            self.costs,
+            self.adapter.image_attention_share(transformer, kwargs),
+            -(-math.prod(resolution) // self.executor.block),
+        )
         run.run = Run(
             images=run.num_images,
             ticks=run.grid.ticks - run.begin,
             sigmas=tuple(run.grid.sigmas[run.begin :].tolist()),
             budget=run.choice.budget,
             family=self.adapter.family,
-            resolution=self.adapter.resolution(transformer, kwargs),
+            resolution=resolution,
             shift=run.grid.shift,
-            costs=self.costs,
+            costs=run.costs,
             device=latents.device,
             stay_on_grid=run.grid.stay_on_grid,
             model=self.model,
@@ -273,7 +281,7 @@ class Session:
         if any(run.plan.level) and (reason := self.adapter.dense_only(transformer)):
             run.plan = replace(run.plan, level=(0,) * run.num_images)
             run.notes = (f"sparse levels ran dense: {reason}",)
-        cost = self._costs(run.plan)
+        cost = _costs(run.plan, run.costs)
         run.frames.append(
             _Frame(sigma=images.sigma, action=run.plan.action, level=run.plan.level, cost=cost)
         )
@@ -322,24 +330,13 @@ class Session:
                 0, index, torch.where(mask, seen, run.reference[index])
             )
 
-    def _costs(self, plan: planner.Plan) -> tuple[float, ...]:
-        return tuple(
-            0.0 if a < 0 else self.level_cost(level) if a == COMPUTE else self.costs.reuse
-            for a, level in zip(plan.action, plan.level, strict=True)
-        )
-
-    def level_cost(self, level: int) -> float:
-        """Cost of a compute at a level; a level without a measurement costs what dense does."""
-        levels = self.costs.levels
-        return levels[level] if level < len(levels) else levels[0]
-
     def _charge_forced(self, run: _RunState, forced: tuple[int, ...], branches: int) -> None:
         """A branch that computed for itself costs its share of a dense step."""
         if forced:
             frame = run.frames[-1]
             cost = list(frame.cost)
             for row in forced:
-                cost[row % run.num_images] += self.costs.levels[0] / max(branches, 2)
+                cost[row % run.num_images] += run.costs.levels[0] / max(branches, 2)
             frame.cost = tuple(cost)
 
     # The step half of a tick ---------------------------------------------------------------------------------------
@@ -427,7 +424,7 @@ class Session:
             block_kv=self.executor.block,
             policy=run.choice.name,
             budget=run.choice.budget,
-            costs=self.costs,
+            costs=run.costs,
             images=tuple(tuple(ticks) for ticks in per_image),
             tick_ms=tuple(f.ms for f in run.frames if f.next_sigma is not None),
             interrupted=any(not ticks or ticks[-1].next_sigma > 0 for ticks in per_image),
@@ -438,6 +435,13 @@ class Session:
         trace = self.trace()
         notes = () if self._state is None else (*self._state.choice.notes, *self._state.notes)
         return Report(trace, notes=notes)
+
+
+def _costs(plan: planner.Plan, costs: ActionCosts) -> tuple[float, ...]:
+    return tuple(
+        0.0 if a < 0 else costs.levels[level] if a == COMPUTE else costs.reuse
+        for a, level in zip(plan.action, plan.level, strict=True)
+    )
 
 
 def _put(rows: torch.Tensor, index: torch.Tensor | None, total: int) -> torch.Tensor:

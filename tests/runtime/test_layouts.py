@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 import rapid3rt
 
@@ -155,3 +157,30 @@ def test_hooks_on_the_root_fire_once_per_call_before_and_after_accelerating() ->
             add_hook_to_module(transformer, hook)
         assert torch.equal(plain, call(pipe, 4))
         assert hook.calls == 4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_estimate_of_a_level_counts_what_the_blocks_compute(layout: str) -> None:
+    pipe = make_pipeline(layout, torch.float32)
+    with FlopCounterMode(
+        display=False, depth=3
+    ) as counter:  # counts linears; SDPA it does not, on CPU
+        call(pipe, 1, images=1, guidance_scale=1.0)
+    linears = sum(
+        sum(counts.values())
+        for name, counts in counter.get_flop_counts().items()
+        if re.fullmatch(r".*\.transformer_blocks\.\d+", name)
+    )
+    image, text, width = 256, 9, 32
+    layers, dual = 3, len(LAYOUTS[layout]["dual_attention_layers"])
+    pairs = 4 * width * image**2 * (layers + dual)
+    text_pairs = 4 * width * ((image + text) ** 2 - image**2) * layers
+    share = pairs / (pairs + text_pairs + linears)
+    rapid3rt.accelerate(pipe, "dense")
+    call(pipe, 1, images=1, guidance_scale=1.0)
+    costs = rapid3rt.report(pipe).trace.costs
+    rapid3rt.restore(pipe)
+    assert not costs.measured
+    # Eight key blocks of 32: level 1 drops two of them, level 2 four, level 3 six.
+    expected = tuple(1 - share * dropped / 8 for dropped in (0, 2, 4, 6))
+    assert costs.levels == pytest.approx(expected, abs=0.01)
