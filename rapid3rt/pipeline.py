@@ -32,8 +32,6 @@ from rapid3rt.types import ActionCosts, Policy
 BUNDLED_POLICIES = Path(__file__).parent / "tiny" / "assets"
 DEFAULT_SPEED = 2.5
 _SWAPPED = ("transformer", "scheduler")
-_SMALL_BLOCK, _BLOCK = 32, 64
-_SMALL_MODEL_TOKENS = 1024
 
 
 def accelerate(
@@ -84,7 +82,7 @@ def accelerate(
     _limit(
         source.policy, budget, speed
     )  # refuses meaningless combinations now, not at the first call
-    executor = Executor(adapter, _block_size(pipe.transformer), backend, attention == "exact")
+    executor = Executor(adapter, backend, attention == "exact")
     choose = partial(_choose, source, budget, speed)
     session = Session(pipe, adapter, executor, choose, source.costs, model)
     real_transformer, real_scheduler = pipe.transformer, pipe.scheduler
@@ -336,18 +334,6 @@ def _bundled(model: str) -> Path | None:
         if json.loads(config.read_text())["model"] == model:
             return config.parent
     return None
-
-
-def _block_size(transformer: Any) -> int:
-    """Small models get small attention blocks, or there is nothing to be sparse about."""
-    config = transformer.config
-    tokens = (
-        (config.sample_size // config.patch_size) ** 2
-        if "sample_size" in config
-        else _SMALL_MODEL_TOKENS + 1
-    )
-    on_cpu = next(transformer.parameters()).device.type == "cpu"
-    return _SMALL_BLOCK if on_cpu and tokens <= _SMALL_MODEL_TOKENS else _BLOCK
 
 
 def _session_behind(component: Any) -> Session | None:

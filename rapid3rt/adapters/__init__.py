@@ -2,8 +2,9 @@
 """One adapter per transformer family. A new family is one file, one test and one line in `ADAPTERS`."""
 
 from rapid3rt.adapters.base import Adapter
+from rapid3rt.adapters.flux import FluxAdapter
 from rapid3rt.adapters.sd3 import SD3Adapter
 
-ADAPTERS: tuple[Adapter, ...] = (SD3Adapter(),)
+ADAPTERS: tuple[Adapter, ...] = (SD3Adapter(), FluxAdapter())
 
-__all__ = ["ADAPTERS", "Adapter", "SD3Adapter"]
+__all__ = ["ADAPTERS", "Adapter", "FluxAdapter", "SD3Adapter"]

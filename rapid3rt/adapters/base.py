@@ -46,11 +46,16 @@ class Adapter(Protocol):
     def refuse(self, kwargs: Mapping[str, Any]) -> None:
         """Raise UnsupportedError for arguments that this version cannot serve."""
 
-    def observe(self, kwargs: Mapping[str, Any], images: int) -> torch.Tensor:
-        """The noise latents of the batch: `[B, C, h, w]`, a view."""
-
     def resolution(self, transformer: Any, kwargs: Mapping[str, Any]) -> tuple[int, int]:
-        """Image tokens as (rows, columns)."""
+        """Noise tokens as (rows, columns). Asked once a run; may read the device."""
+
+    def observe(
+        self, transformer: Any, kwargs: Mapping[str, Any], images: int, resolution: tuple[int, int]
+    ) -> torch.Tensor:
+        """The noise latents of the batch, without references and conditions: `[B, C, h, w]`, a view."""
+
+    def as_grid(self, velocity: torch.Tensor, resolution: tuple[int, int]) -> torch.Tensor:
+        """What the pipeline steps with, as policies see it: `[B, C, h, w]`, a view."""
 
     def image_attention_share(self, transformer: Any, kwargs: Mapping[str, Any]) -> float:
         """FLOPs of image queries over image keys, as a share of the block stack's, 0 to 1."""
@@ -73,10 +78,24 @@ class Adapter(Protocol):
     def finish(
         self, transformer: Any, kwargs: Mapping[str, Any], hidden: torch.Tensor, temb: torch.Tensor
     ) -> torch.Tensor:
-        """Final norm and projection: `[A, C, h, w]`."""
+        """Final norm and projection, as the pipeline expects it: `[A, C, h, w]` or `[A, I, C]`."""
 
     def dense_only(self, transformer: Any) -> str | None:
         """Why sparse levels must run dense on this transformer; None where they need not."""
 
-    def sparse_attention(self, transformer: Any, rows: SparseRows) -> AbstractContextManager[None]:
+    def sparse_attention(
+        self, transformer: Any, kwargs: Mapping[str, Any], rows: SparseRows
+    ) -> AbstractContextManager[None]:
         """Exchange the stock attention processors while the context is open; others stay dense."""
+
+
+def take(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """Some rows of a tensor; None: the tensor itself."""
+    return x if rows is None else x.index_select(0, rows)
+
+
+def take_nested(x: Any, rows: torch.Tensor | None) -> Any:
+    """`take` for every tensor of nested lists and tuples."""
+    if isinstance(x, torch.Tensor):
+        return take(x, rows)
+    return type(x)(take_nested(item, rows) for item in x)

@@ -6,9 +6,8 @@ The loop calls the diffusers blocks as they are, so LoRA, quantised linears and 
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,10 +15,9 @@ import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 
-from rapid3rt import ops
-from rapid3rt.adapters.base import Embedded, SparseRows
+from rapid3rt.adapters.attention import NOT_STOCK, SparseProcessor, attend, exchanged_processors
+from rapid3rt.adapters.base import Embedded, SparseRows, take, take_nested
 from rapid3rt.errors import UnsupportedError
-from rapid3rt.planning import sparsity
 
 
 class SD3Adapter:
@@ -50,16 +48,22 @@ class SD3Adapter:
                 "ControlNet is not supported yet: call rapid3rt.restore(pipe) first"
             )
 
-    def observe(self, kwargs: Mapping[str, Any], images: int) -> torch.Tensor:
-        """The last branch's latents; all branches hold the same."""
-        hidden: torch.Tensor = kwargs["hidden_states"]
-        return hidden[-images:]
-
     def resolution(self, transformer: Any, kwargs: Mapping[str, Any]) -> tuple[int, int]:
         """Latent size over patch size."""
         patch = transformer.config.patch_size
         height, width = kwargs["hidden_states"].shape[-2:]
         return height // patch, width // patch
+
+    def observe(
+        self, transformer: Any, kwargs: Mapping[str, Any], images: int, resolution: tuple[int, int]
+    ) -> torch.Tensor:
+        """The last branch's latents; all branches hold the same."""
+        hidden: torch.Tensor = kwargs["hidden_states"]
+        return hidden[-images:]
+
+    def as_grid(self, velocity: torch.Tensor, resolution: tuple[int, int]) -> torch.Tensor:
+        """SD3's velocity is a grid already."""
+        return velocity
 
     def image_attention_share(self, transformer: Any, kwargs: Mapping[str, Any]) -> float:
         """Per joint block 24 D^2 a token for its linears (QKV, output, MLP of 4 D), 4 D a pair for attention."""
@@ -81,7 +85,7 @@ class SD3Adapter:
     ) -> Embedded:
         """Patch embedding with positions; modulation embedding from time and pooled text."""
         hidden, pooled = (
-            _take(kwargs[name], rows) for name in ("hidden_states", "pooled_projections")
+            take(kwargs[name], rows) for name in ("hidden_states", "pooled_projections")
         )
         # PatchEmbed returns a transposed view; the model makes it contiguous before its first block, so must we.
         return Embedded(
@@ -96,13 +100,13 @@ class SD3Adapter:
         """All joint blocks but those of `skip_layers`."""
         image, text = (
             embedded.image,
-            transformer.context_embedder(_take(kwargs["encoder_hidden_states"], rows)),
+            transformer.context_embedder(take(kwargs["encoder_hidden_states"], rows)),
         )
         attention_kwargs = kwargs.get("joint_attention_kwargs")
         if attention_kwargs is not None and "ip_adapter_image_embeds" in attention_kwargs:
             attention_kwargs = dict(attention_kwargs)
             embeds = attention_kwargs.pop("ip_adapter_image_embeds")
-            tokens, ip_temb = transformer.image_proj(_take_nested(embeds, rows), timestep)
+            tokens, ip_temb = transformer.image_proj(take_nested(embeds, rows), timestep)
             attention_kwargs |= {"ip_hidden_states": tokens, "temb": ip_temb}
         skip_layers = kwargs.get("skip_layers") or ()
         for i, block in enumerate(transformer.transformer_blocks):
@@ -128,22 +132,13 @@ class SD3Adapter:
 
     def dense_only(self, transformer: Any) -> str | None:
         """Fused projections, IP-adapter and PAG bring processors of their own."""
-        if _stock_attention(transformer):
-            return None
-        return "no attention processor of the transformer is the stock one"
+        return None if _stock_attention(transformer) else NOT_STOCK
 
-    @contextmanager
-    def sparse_attention(self, transformer: Any, rows: SparseRows) -> Iterator[None]:
-        """Put our processor where the stock one sits. Caller holds the transformer's lock."""
-        exchanged = [(module, module.processor) for module in _stock_attention(transformer)]
-        owner = threading.get_ident()
-        try:
-            for module, stock in exchanged:
-                module.processor = _SparseJointProcessor(rows, stock, owner)
-            yield
-        finally:
-            for module, stock in exchanged:
-                module.processor = stock
+    def sparse_attention(
+        self, transformer: Any, kwargs: Mapping[str, Any], rows: SparseRows
+    ) -> AbstractContextManager[None]:
+        """Our processor where the stock one sits, in joint and dual attention."""
+        return exchanged_processors(_stock_attention(transformer), _SparseJointProcessor, rows)
 
 
 def _stock_attention(transformer: Any) -> list[Any]:
@@ -156,14 +151,8 @@ def _stock_attention(transformer: Any) -> list[Any]:
     ]
 
 
-class _SparseJointProcessor:
-    """Joint attention whose first rows are dense through the model's own call and whose other rows are block-sparse.
-
-    Modules are shared: a thread other than the owner, with a pipeline of its own, gets the stock processor.
-    """
-
-    def __init__(self, rows: SparseRows, stock: Any, owner: int) -> None:
-        self._rows, self._stock, self._owner = rows, stock, owner
+class _SparseJointProcessor(SparseProcessor):
+    """Joint attention whose first rows are dense through the model's own call and whose other rows are block-sparse."""
 
     def __call__(
         self,
@@ -173,8 +162,8 @@ class _SparseJointProcessor:
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Same projections and order of tokens as the stock processor (image, then text)."""
-        if threading.get_ident() != self._owner:
-            own: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = self._stock(
+        if self.is_foreign_thread():
+            own: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = self.stock(
                 attn, hidden_states, encoder_hidden_states, attention_mask
             )
             return own
@@ -187,34 +176,14 @@ class _SparseJointProcessor:
             text_q, text_k, text_v = (_heads(attn, p(encoder_hidden_states)) for p in projections)
             text_q, text_k = _norm(attn.norm_added_q, text_q), _norm(attn.norm_added_k, text_k)
             q, k, v = (torch.cat(pair, dim=2) for pair in ((q, text_q), (k, text_k), (v, text_v)))
-        out = self._attend(q, k, v, num_image).transpose(1, 2).flatten(2).to(q.dtype)
+        num_text = q.shape[2] - num_image
+        out = attend(q, k, v, self.rows, num_image, num_text, F.scaled_dot_product_attention)
+        out = out.transpose(1, 2).flatten(2).to(q.dtype)
         image, text = out[:, :num_image], out[:, num_image:]
         if encoder_hidden_states is not None and not attn.context_pre_only:
             text = attn.to_add_out(text)
         image = attn.to_out[1](attn.to_out[0](image))
         return image if encoder_hidden_states is None else (image, text)
-
-    def _attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_image: int
-    ) -> torch.Tensor:
-        rows, dense, block = self._rows, self._rows.num_dense, self._rows.block
-        parts = []
-        if dense:
-            parts.append(F.scaled_dot_product_attention(q[:dense], k[:dense], v[:dense]))
-        q, k, v = q[dense:], k[dense:], v[dense:]
-        num_text = q.shape[2] - num_image
-        # The block in which text begins is a text block; without text the last, ragged one is the image's.
-        image_blocks = num_image // block if num_text else -(-num_image // block)
-        keep = [sparsity.kept_blocks(level, image_blocks) for level in rows.levels[dense:]]
-        keep_rows = torch.tensor(keep, dtype=torch.int32, device=q.device)
-        scale = q.shape[-1] ** -0.5
-        mode, count, index, order = ops.build_block_lists(
-            q, k, keep_rows, num_image, num_text, block, block, scale, backend=rows.backend
-        )
-        out, _ = ops.block_sparse_attention(
-            q, k, v, mode, count, index, order, None, block, block, scale, backend=rows.backend
-        )
-        return torch.cat([*parts, out]) if parts else out
 
 
 def _heads(attn: Attention, x: torch.Tensor) -> torch.Tensor:
@@ -225,13 +194,3 @@ def _heads(attn: Attention, x: torch.Tensor) -> torch.Tensor:
 def _norm(norm: torch.nn.Module | None, x: torch.Tensor) -> torch.Tensor:
     out: torch.Tensor = x if norm is None else norm(x)
     return out
-
-
-def _take(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    return x if rows is None else x.index_select(0, rows)
-
-
-def _take_nested(x: Any, rows: torch.Tensor | None) -> Any:
-    if isinstance(x, torch.Tensor):
-        return _take(x, rows)
-    return type(x)(_take_nested(item, rows) for item in x)

@@ -11,6 +11,12 @@ from __future__ import annotations
 import math
 
 DENSITIES = (1.0, 0.75, 0.5, 0.25)
+SMALL_IMAGE_TOKENS = 1024
+
+
+def block_size(image_tokens: int, device_type: str) -> int:
+    """Tokens per attention block, both ways: 64; 32 for small images on a CPU, where 64 would leave few blocks."""
+    return 32 if device_type == "cpu" and image_tokens <= SMALL_IMAGE_TOKENS else 64
 
 
 def num_levels() -> int:

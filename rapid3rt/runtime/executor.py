@@ -19,16 +19,16 @@ from rapid3rt.planning.planner import RowPlan
 
 
 class Executor:
-    """Bound to one adapter and one block size.
+    """Bound to one adapter.
 
     Parameters
     ----------
-    adapter: of the transformer's family. block: tokens per attention block, both ways.
+    adapter: of the transformer's family.
     backend: as in `rapid3rt.ops`; exact: keep dense rows on the model's own attention when others are sparse.
     """
 
-    def __init__(self, adapter: Adapter, block: int, backend: str | None, exact: bool) -> None:
-        self.adapter, self.block, self.backend, self.exact = adapter, block, backend, exact
+    def __init__(self, adapter: Adapter, backend: str | None, exact: bool) -> None:
+        self.adapter, self.backend, self.exact = adapter, backend, exact
 
     def run(
         self,
@@ -41,6 +41,7 @@ class Executor:
         branches: tuple[str, ...],
         images: int,
         cache: ResidualCache,
+        block: int,
     ) -> torch.Tensor:
         """Velocity of all rows `[R, C, h, w]`, zeros where done.
 
@@ -48,6 +49,7 @@ class Executor:
         ----------
         embedded: rows that are not known to be done. position: int64 `[R]`, where row r sits in `embedded` (None: at
         r). timestep: float32 `[R]`. plan, branches, images: what to run. cache: where residuals live.
+        block: tokens per attention block.
         """
         rows = plan.rows.long()
         num_compute = len(plan.compute)
@@ -62,7 +64,7 @@ class Executor:
                 image=embedded.image[:num_compute], temb=embedded.temb[:num_compute]
             )
             taken = None if whole else rows[:num_compute]
-            out = self._blocks(transformer, kwargs, computed, taken, timestep, plan)
+            out = self._blocks(transformer, kwargs, computed, taken, timestep, plan, block)
             self._store(plan, branches, images, cache, out, computed.image)
             parts.append(out)
         if plan.reuse:
@@ -83,16 +85,17 @@ class Executor:
         rows: torch.Tensor | None,
         timestep: torch.Tensor,
         plan: RowPlan,
+        block: int,
     ) -> torch.Tensor:
         sparse = nullcontext()
         if plan.num_dense < len(plan.compute):
             levels = SparseRows(
                 num_dense=plan.num_dense if self.exact else 0,
                 levels=plan.levels,
-                block=self.block,
+                block=block,
                 backend=self.backend,
             )
-            sparse = self.adapter.sparse_attention(transformer, levels)  # type: ignore[assignment]
+            sparse = self.adapter.sparse_attention(transformer, kwargs, levels)  # type: ignore[assignment]
         times = timestep if rows is None else timestep[rows]
         with sparse:
             return self.adapter.run_blocks(transformer, kwargs, embedded, rows, times)

@@ -26,7 +26,8 @@ class Images:
 
     bad: int32 `[B]`, what was wrong with the last step decision, 0 for nothing; the next plan reads it.
     sigmas: float32 `[n + 1]`, timesteps: float32 `[n]`, the scheduler's. index: int64 `[B]` into them, -1 off grid.
-    v_last, v_before: guided velocities of the last two computes, sigma_last, sigma_before where they were taken;
+    v_last, v_before: guided velocities of the last two computes as the pipeline has them (None before the first step),
+    sigma_last, sigma_before where they were taken;
     computes: int32 `[B]`, how many of them there are.
     """
 
@@ -43,8 +44,8 @@ class Images:
     reference: torch.Tensor
     sigma_last: torch.Tensor
     sigma_before: torch.Tensor
-    v_last: torch.Tensor
-    v_before: torch.Tensor
+    v_last: torch.Tensor | None = None
+    v_before: torch.Tensor | None = None
 
     @classmethod
     def start(
@@ -77,8 +78,6 @@ class Images:
             reference=torch.zeros_like(latents),
             sigma_last=numbers(),
             sigma_before=numbers(),
-            v_last=torch.zeros_like(latents),
-            v_before=torch.zeros_like(latents),
         )
 
     def timestep(self) -> torch.Tensor:
@@ -149,6 +148,8 @@ class Images:
         if last:
             target = torch.zeros_like(target)
         target = torch.where(self.done, self.sigma, target)
+        if self.v_last is None or self.v_before is None:
+            self.v_last = self.v_before = torch.zeros_like(velocity)
         moved = self._move(sample, velocity, target, decision.order, computes)
         moved = torch.where(_spread(self.done, moved), sample.to(velocity.dtype), moved)
         self._remember(velocity, computes)
@@ -173,6 +174,8 @@ class Images:
         euler = (x + _spread(d.to(velocity.dtype), x) * velocity).to(velocity.dtype)
         if order is None:
             return euler
+        assert self.v_last is not None
+        assert self.v_before is not None
         v = velocity.float()
         # A computed tick extrapolates from the last compute, a reused one from the last two.
         gap = torch.where(
@@ -193,6 +196,8 @@ class Images:
         return torch.where(_spread(known, x), second, euler)
 
     def _remember(self, velocity: torch.Tensor, computes: torch.Tensor) -> None:
+        assert self.v_last is not None
+        assert self.v_before is not None
         mask = _spread(computes, velocity)
         self.v_before = torch.where(mask, self.v_last, self.v_before)
         self.v_last = torch.where(mask, velocity, self.v_last)

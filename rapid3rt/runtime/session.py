@@ -92,6 +92,9 @@ class _RunState:
     costs: ActionCosts = field(default_factory=ActionCosts)
     notes: tuple[str, ...] = ()
     ended: bool = False
+    resolution: tuple[int, int] = (0, 0)
+    block: int = 0
+    output: tuple[int, ...] = ()
 
     @property
     def last_tick(self) -> bool:
@@ -164,7 +167,7 @@ class Session:
                 f"({', '.join(branches)}), got {len(hidden)} rows: the batch may not change during a run"
             )
         if run.plan is not None and run.plan.finished:
-            return torch.zeros_like(hidden)
+            return self._blank(run, hidden)
         assert run.images is not None
         assert run.cache is not None
         known = None if run.plan is None else run.plan.active
@@ -177,11 +180,11 @@ class Session:
             self._decide(run, transformer, kwargs, embedded, known)
             assert run.plan is not None
             if run.plan.finished:
-                return torch.zeros_like(hidden)
+                return self._blank(run, hidden)
         assert run.plan is not None
         row_plan = run.plan.rows(branches, run.cache.holds)
         self._charge_forced(run, row_plan.forced, len(branches))
-        return self.executor.run(
+        velocity = self.executor.run(
             transformer,
             kwargs,
             embedded,
@@ -191,7 +194,14 @@ class Session:
             branches,
             run.num_images,
             run.cache,
+            run.block,
         )
+        run.output = velocity.shape[1:]
+        return velocity
+
+    def _blank(self, run: _RunState, hidden: torch.Tensor) -> torch.Tensor:
+        """The output of a call in which nothing is left to do."""
+        return hidden.new_zeros(len(hidden), *run.output)
 
     def _start_images(
         self,
@@ -206,14 +216,15 @@ class Session:
                 f"{rows} rows cannot be {len(branches)} guidance branches ({', '.join(branches)})"
             )
         run.num_images = rows // len(branches)
-        latents = self.adapter.observe(kwargs, run.num_images)
+        run.resolution = self.adapter.resolution(transformer, kwargs)
+        latents = self.adapter.observe(transformer, kwargs, run.num_images, run.resolution)
+        run.block = sparsity.block_size(math.prod(run.resolution), latents.device.type)
         run.images = Images.start(run.grid.sigmas, run.grid.timesteps, latents, run.begin)
         run.cache = ResidualCache(run.num_images, self.executor.backend, keep=run.choice.reuses)
-        resolution = self.adapter.resolution(transformer, kwargs)
         run.costs = with_estimates(
             self.costs,
             self.adapter.image_attention_share(transformer, kwargs),
-            -(-math.prod(resolution) // self.executor.block),
+            -(-math.prod(run.resolution) // run.block),
         )
         run.run = Run(
             images=run.num_images,
@@ -221,13 +232,13 @@ class Session:
             sigmas=tuple(run.grid.sigmas[run.begin :].tolist()),
             budget=run.choice.budget,
             family=self.adapter.family,
-            resolution=resolution,
+            resolution=run.resolution,
             shift=run.grid.shift,
             costs=run.costs,
             device=latents.device,
             stay_on_grid=run.grid.stay_on_grid,
             model=self.model,
-            block_size=(self.executor.block, self.executor.block),
+            block_size=(run.block, run.block),
         )
         run.started = time.perf_counter()
         run.choice.policy.begin(run.run)
@@ -258,9 +269,11 @@ class Session:
         """Observe, ask the policy, enforce budget and first compute, plan: the one host read of the tick."""
         images = run.images
         assert images is not None
-        latents = self.adapter.observe(kwargs, run.num_images)
+        latents = self.adapter.observe(transformer, kwargs, run.num_images, run.resolution)
         active = run.num_images if known is None else len(known)
-        seen, temb = embedded.image[-active:], embedded.temb[-active:]
+        # References that Kontext appends never move: drift is of the noise tokens.
+        noise = math.prod(run.resolution)
+        seen, temb = embedded.image[-active:, :noise], embedded.temb[-active:]
         index = (
             None
             if active == run.num_images
@@ -352,7 +365,8 @@ class Session:
             run.tick += 1
             return sample.to(velocity.dtype)
         assert run.computes is not None
-        answer = run.choice.policy.decide_step(run.state, velocity)
+        seen = self.adapter.as_grid(velocity, run.resolution)
+        answer = run.choice.policy.decide_step(run.state, seen)
         decision = check_step(answer, run.num_images, run.choice.name)
         latents, target = run.images.step_latents(
             decision, sample, velocity, run.computes, run.last_tick
@@ -420,8 +434,8 @@ class Session:
             ticks=run.run.ticks,
             grid_steps=run.grid.grid_steps,
             sigmas=run.run.sigmas,
-            block_q=self.executor.block,
-            block_kv=self.executor.block,
+            block_q=run.block,
+            block_kv=run.block,
             policy=run.choice.name,
             budget=run.choice.budget,
             costs=run.costs,

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
     DDPMPipeline,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     UNet2DModel,
@@ -276,24 +276,23 @@ def test_a_policy_that_leaves_the_grid_under_something_that_counts_steps(
 # Pipelines that cannot be served, and calls out of order -------------------------------------------------------------
 
 
-def flux() -> Any:
-    transformer = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
+def auraflow() -> Any:
+    transformer = AuraFlowTransformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=32,
-        pooled_projection_dim=32,
-        axes_dims_rope=(4, 4, 8),
+        caption_projection_dim=32,
     )
-    names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-    return FluxPipeline(
+    return AuraFlowPipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=make().vae,
-        **dict.fromkeys(names),
+        text_encoder=None,
+        tokenizer=None,
     )
 
 
@@ -306,8 +305,8 @@ def unet() -> Any:
 @pytest.mark.parametrize(
     ("family", "match"),
     [
-        (flux, r"transformer must be of a supported family \(sd3\), got FluxTransformer2DModel"),
-        (unet, r"transformer must be of a supported family \(sd3\), got .*in DDPMPipeline"),
+        (auraflow, r"must be of a supported family \(sd3, flux\), got AuraFlowTransformer2DModel"),
+        (unet, r"transformer must be of a supported family \(sd3, flux\), got .*in DDPMPipeline"),
     ],
 )
 def test_a_pipeline_family_has_no_adapter(family: Callable[[], Any], match: str) -> None:

@@ -7,9 +7,11 @@ Signatures are the real ones, because pipelines inspect them. `timesteps` stays 
 from __future__ import annotations
 
 import copy
+import math
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -79,28 +81,38 @@ def set_timesteps(
             raise ValueError(
                 f"steps of policy {choice.name!r} must be at most num_inference_steps ({ticks}), got {steps}"
             )
-        if sigmas is not None or timesteps is not None:
+        if timesteps is not None or (sigmas is not None and not _is_even(sigmas)):
             raise UnsupportedError(
                 f"policy {choice.name!r} sets its own grid and cannot follow sigmas= or timesteps="
             )
         grid = copy.copy(self)
-        real.set_timesteps(grid, steps, device, None, mu, None)
-    shift = (
-        float(torch.tensor(mu).exp())
-        if self.config.use_dynamic_shifting and mu is not None
-        else float(self.shift)
-    )
+        own = None if sigmas is None else np.linspace(1.0, 1 / steps, steps)
+        real.set_timesteps(grid, steps, device, own, mu, None)
     session.begin(
         choice,
         Grid(
             ticks=ticks,
             sigmas=grid.sigmas,
             timesteps=grid.timesteps,
-            shift=shift,
+            shift=_shift(self, mu),
             stay_on_grid=_counts_in_ticks(frame),
             grid_steps=steps,
         ),
     )
+
+
+def _is_even(sigmas: Any) -> bool:
+    """Whether these are the sigmas that FLUX pipelines pass by themselves, and not a user's own."""
+    n = len(sigmas)
+    return np.array_equal(np.asarray(sigmas), np.linspace(1.0, 1 / n, n))
+
+
+def _shift(scheduler: Any, mu: float | None) -> float:
+    """s of phi(u) = s u / (1 + (s - 1) u), static or from the resolution's mu."""
+    if not scheduler.config.use_dynamic_shifting or mu is None:
+        return float(scheduler.shift)
+    linear = scheduler.config.get("time_shift_type", "exponential") == "linear"
+    return float(mu) if linear else math.exp(mu)
 
 
 def _counts_in_ticks(frame: FrameType) -> bool:

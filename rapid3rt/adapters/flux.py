@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FLUX.1 (dev, schnell, Kontext, Fill, Control): text tokens first, packed latents, double and single blocks.
+
+The loop calls the diffusers blocks as they are, so LoRA, quantised linears and regional compilation keep working.
+Noise tokens are those whose `img_ids[:, 0]` is 0 (Kontext appends reference images); noise channels are the first ones
+(Fill and Control append conditions).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
+
+from rapid3rt.adapters.attention import NOT_STOCK, SparseProcessor, attend, exchanged_processors
+from rapid3rt.adapters.base import Embedded, SparseRows, take, take_nested
+from rapid3rt.errors import UnsupportedError
+
+
+class FluxAdapter:
+    """Adapter of `FluxTransformer2DModel`."""
+
+    family = "flux"
+
+    def supports(self, transformer: Any) -> bool:
+        """Whether the transformer is a FLUX.1 one."""
+        return isinstance(transformer, FluxTransformer2DModel)
+
+    def branches(self, pipe: Any, call: int, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+        """Call 0: cond; call 1: uncond, the separate call of true CFG."""
+        if call > 1:
+            raise UnsupportedError(
+                f"transformer call {call} of a tick has a guidance layout that is not known; "
+                "use rapid3rt.restore(pipe) for this pipeline"
+            )
+        return ("uncond",) if call else ("cond",)
+
+    def refuse(self, kwargs: Mapping[str, Any]) -> None:
+        """ControlNet residuals belong to the pipeline's timestep, not to each image's own."""
+        names = ("controlnet_block_samples", "controlnet_single_block_samples")
+        if any(kwargs.get(name) is not None for name in names):
+            raise UnsupportedError(
+                "ControlNet is not supported yet: call rapid3rt.restore(pipe) first"
+            )
+
+    def resolution(self, transformer: Any, kwargs: Mapping[str, Any]) -> tuple[int, int]:
+        """From the position ids of the noise tokens: one host read, at the beginning of a run."""
+        ids = _plane(kwargs["img_ids"]).float()
+        reference, row, column = ids.T.tolist()
+        noise = [i for i, r in enumerate(reference) if r == 0]
+        rows, columns = (len({axis[i] for i in noise}) for axis in (row, column))
+        if noise != list(range(len(noise))) or rows * columns != len(noise):
+            raise UnsupportedError(
+                "img_ids must list the noise tokens first and as a full grid, "
+                f"got {len(noise)} tokens in {rows} rows and {columns} columns"
+            )
+        return rows, columns
+
+    def observe(
+        self, transformer: Any, kwargs: Mapping[str, Any], images: int, resolution: tuple[int, int]
+    ) -> torch.Tensor:
+        """Noise channels of the noise tokens, as a grid."""
+        hidden: torch.Tensor = kwargs["hidden_states"]
+        return self.as_grid(hidden[-images:, :, : transformer.out_channels], resolution)
+
+    def as_grid(self, velocity: torch.Tensor, resolution: tuple[int, int]) -> torch.Tensor:
+        """`[B, I, C]` to `[B, C, rows, columns]`, the noise tokens."""
+        rows, columns = resolution
+        noise: torch.Tensor = velocity[:, : rows * columns]
+        grid: torch.Tensor = noise.unflatten(1, (rows, columns))
+        return grid.permute(0, 3, 1, 2)
+
+    def image_attention_share(self, transformer: Any, kwargs: Mapping[str, Any]) -> float:
+        """Double and single blocks alike: 24 D^2 a token for linears, 4 D a pair for attention."""
+        image, text = kwargs["hidden_states"].shape[1], kwargs["encoder_hidden_states"].shape[1]
+        tokens, width = image + text, transformer.inner_dim
+        return float(4 * width * image**2 / (4 * width * tokens**2 + 24 * width**2 * tokens))
+
+    def embed(
+        self,
+        transformer: Any,
+        kwargs: Mapping[str, Any],
+        timestep: torch.Tensor,
+        rows: torch.Tensor | None,
+    ) -> Embedded:
+        """Linear embedding of packed latents; modulation embedding from time, pooled text and, on dev, guidance."""
+        image = transformer.x_embedder(take(kwargs["hidden_states"], rows))
+        # The pipeline casts the scheduler's timestep to the latents' dtype, then divides; the model multiplies back.
+        time = (timestep.to(kwargs["timestep"].dtype) / 1000).to(image.dtype) * 1000
+        conditions = [take(kwargs["pooled_projections"], rows)]
+        if kwargs.get("guidance") is not None:
+            conditions.insert(0, take(kwargs["guidance"], rows).to(image.dtype) * 1000)
+        return Embedded(image=image, temb=transformer.time_text_embed(time, *conditions))
+
+    def run_blocks(
+        self, transformer: Any, kwargs: Mapping[str, Any], embedded: Embedded, rows: torch.Tensor | None,
+        timestep: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """Double blocks, then single blocks; positions are the same for every row."""
+        image = embedded.image
+        text = transformer.context_embedder(take(kwargs["encoder_hidden_states"], rows))
+        ids = torch.cat((_plane(kwargs["txt_ids"]), _plane(kwargs["img_ids"])))
+        attention_kwargs = kwargs.get("joint_attention_kwargs")
+        if attention_kwargs is not None and "ip_adapter_image_embeds" in attention_kwargs:
+            attention_kwargs = dict(attention_kwargs)
+            embeds = take_nested(attention_kwargs.pop("ip_adapter_image_embeds"), rows)
+            attention_kwargs["ip_hidden_states"] = transformer.encoder_hid_proj(embeds)
+        positions = transformer.pos_embed(ids)
+        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+            text, image = block(
+                hidden_states=image,
+                encoder_hidden_states=text,
+                temb=embedded.temb,
+                image_rotary_emb=positions,
+                joint_attention_kwargs=attention_kwargs,
+            )
+        return image
+
+    def finish(
+        self, transformer: Any, kwargs: Mapping[str, Any], hidden: torch.Tensor, temb: torch.Tensor
+    ) -> torch.Tensor:
+        """norm_out and proj_out: `[A, I, C]`, packed as the pipeline steps with it."""
+        out: torch.Tensor = transformer.proj_out(transformer.norm_out(hidden, temb))
+        return out
+
+    def dense_only(self, transformer: Any) -> str | None:
+        """Fused projections, IP-adapter and PAG bring processors of their own, or none we can stand in for."""
+        return None if _stock_attention(transformer) else NOT_STOCK
+
+    def sparse_attention(
+        self, transformer: Any, kwargs: Mapping[str, Any], rows: SparseRows
+    ) -> AbstractContextManager[None]:
+        """Our processor where the stock one sits, in double and single blocks."""
+        processor = partial(_SparseFluxProcessor, num_text=kwargs["encoder_hidden_states"].shape[1])
+        return exchanged_processors(_stock_attention(transformer), processor, rows)
+
+
+def _stock_attention(transformer: Any) -> list[Any]:
+    """Attention modules of both kinds of blocks whose processor is the stock one and whose projections are unfused."""
+    blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
+    return [
+        block.attn
+        for block in blocks
+        if type(block.attn.processor) is FluxAttnProcessor and not block.attn.fused_projections
+    ]
+
+
+class _SparseFluxProcessor(SparseProcessor):
+    """FLUX attention, text first; single blocks come with text and image joined already."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(self, rows: SparseRows, stock: Any, num_text: int) -> None:
+        super().__init__(rows, stock)
+        self._num_text = num_text
+
+    def __call__(
+        self,
+        attn: FluxAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Same projections, norms and order of tokens as the stock processor."""
+        if attention_mask is not None or self.is_foreign_thread():
+            own: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = self.stock(
+                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+            )
+            return own
+        q, k, v = (
+            p(hidden_states).unflatten(-1, (-1, attn.head_dim))
+            for p in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        q, k = attn.norm_q(q), attn.norm_k(k)
+        if encoder_hidden_states is not None:
+            projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            text_q, text_k, text_v = (
+                p(encoder_hidden_states).unflatten(-1, (-1, attn.head_dim)) for p in projections
+            )
+            text_q, text_k = attn.norm_added_q(text_q), attn.norm_added_k(text_k)
+            q, k, v = (torch.cat(pair, dim=1) for pair in ((text_q, q), (text_k, k), (text_v, v)))
+        if image_rotary_emb is not None:
+            q, k = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (q, k))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = attend(q, k, v, self.rows, 0, self._num_text, _dense)
+        out = out.transpose(1, 2).flatten(2).to(q.dtype)
+        if encoder_hidden_states is None:
+            return out
+        text, image = out[:, : self._num_text], out[:, self._num_text :]
+        image = attn.to_out[1](attn.to_out[0](image.contiguous()))
+        return image, attn.to_add_out(text.contiguous())
+
+
+def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The model's own attention, which takes `[R, N, H, K]`."""
+    out: torch.Tensor = dispatch_attention_fn(*(x.transpose(1, 2) for x in (q, k, v)))
+    return out.transpose(1, 2)
+
+
+def _plane(ids: torch.Tensor) -> torch.Tensor:
+    """Position ids `[N, 3]`; a batch dimension is an old habit that the model drops too."""
+    return ids[0] if ids.ndim == 3 else ids
