@@ -19,6 +19,7 @@ from pairs import PLAIN, REFERENCE, Pairs, Way, accelerated, interval, ratio_int
 from record import save
 
 import rapid3rt
+from rapid3rt.tiny import GUIDANCE
 from rapid3rt.tiny.rivals import SOLVERS, solver
 from rapid3rt.tiny.score import score
 
@@ -36,14 +37,23 @@ def main() -> None:
     )
     parser.add_argument("--split", default="test")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--cache", type=Path, default=None)
     parser.add_argument("--save", default=None, help="name of the record in benches/results")
     options = parser.parse_args()
     pipe = rapid3rt.load_tiny("sd3")
     pipe.set_progress_bar_config(disable=True)
-    pairs = Pairs(pipe, options.pairs, options.split, options.seed, options.tokens, options.cache)
-    converged = f"steps:{REFERENCE}/trim/ab2"
+    pairs = Pairs(
+        pipe,
+        options.pairs,
+        options.split,
+        options.seed,
+        options.guidance,
+        options.tokens,
+        options.cache,
+    )
+    converged = f"steps:{REFERENCE}/trim/auto"
     reference = pairs.images("reference", REFERENCE, lambda: accelerated(pipe, converged))
     plain = pairs.images(f"plain k={PLAIN}", PLAIN)
     made = {"converged": reference, f"plain k={PLAIN}": plain}
@@ -55,7 +65,7 @@ def main() -> None:
         made[f"plain k={k}"] = pairs.images(f"plain k={k}", k)
         for s in SOLVERS:
             add(f"{s} k={k}", k, lambda s=s: solver(pipe, s))
-        for rule in ("trim", "trim/ab2"):
+        for rule in ("trim", "trim/ab2", "trim/auto"):
             policy = f"steps:{k}/{rule}"
             add(f"steps/{rule} k={k}", PLAIN, lambda p=policy: accelerated(pipe, p))
         for policy in options.also:
@@ -106,7 +116,12 @@ def _report(made: dict[str, torch.Tensor], pairs: Pairs, options: argparse.Names
         + ("not reached" if iso is None else f"{iso:.1f}, a speed-up of {PLAIN / iso:.2f}x")
     )
     if options.save:
-        results = {"pairs": options.pairs, "split": options.split, "ratios": ratios}
+        results = {
+            "pairs": options.pairs,
+            "split": options.split,
+            "guidance": options.guidance,
+            "ratios": ratios,
+        }
         print(f"saved to {save(options.save, {**results, 'iso_evaluations': iso, 'ways': ways})}")
 
 

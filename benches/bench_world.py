@@ -19,6 +19,7 @@ from pairs import PLAIN, REFERENCE, Pairs, accelerated, interval
 from record import save
 
 import rapid3rt
+from rapid3rt.tiny import GUIDANCE
 from rapid3rt.tiny.scenes import Scene
 from rapid3rt.tiny.score import score
 
@@ -40,17 +41,20 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=128)
     parser.add_argument("--split", default="test")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--cache", type=Path, default=None)
     parser.add_argument("--save", default=None, help="name of the record in benches/results")
     options = parser.parse_args()
     pipe = rapid3rt.load_tiny("sd3")
     pipe.set_progress_bar_config(disable=True)
-    where = (options.split, options.seed, options.tokens, options.cache)
+    where = (options.split, options.seed, options.guidance, options.tokens, options.cache)
     results = {"score": scores(Pairs(pipe, options.captions, *where))}
     results |= difficulty(Pairs(pipe, options.pairs, *where))
     if options.save:
-        print(f"saved to {save(options.save, {'split': options.split, **results})}")
+        print(
+            f"saved to {save(options.save, {'split': options.split, 'guidance': options.guidance, **results})}"
+        )
 
 
 def scores(pairs: Pairs) -> dict[str, object]:
@@ -72,14 +76,12 @@ def difficulty(pairs: Pairs) -> dict[str, object]:
     """Spread of log m(6), and evaluations to 30 dB."""
     pipe = pairs.pipe
 
-    def at_order_two(k: int) -> torch.Tensor:
-        return pairs.images(
-            "reference" if k == REFERENCE else f"steps/trim/ab2 k={k}",
-            max(k, PLAIN),
-            lambda: accelerated(pipe, f"steps:{k}/trim/ab2"),
-        )
+    def walk(name: str, policy: str, ticks: int) -> torch.Tensor:
+        return pairs.images(name, ticks, lambda: accelerated(pipe, policy))
 
-    m = (at_order_two(6) - at_order_two(REFERENCE)).square().mean((1, 2, 3)).numpy()
+    converged = walk("reference", f"steps:{REFERENCE}/trim/auto", REFERENCE)
+    coarse = walk("steps/trim/ab2 k=6", "steps:6/trim/ab2", PLAIN)
+    m = (coarse - converged).square().mean((1, 2, 3)).numpy()
     spread = float(np.log(m).std())
     print(f"\nm(6) at order 2, {len(m)} pairs: standard deviation of its logarithm {spread:.2f}")
     print("  tenths of m x 1e3: " + " ".join(f"{1000 * q:.2f}" for q in _tenths(m)))

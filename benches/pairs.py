@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -36,20 +37,36 @@ def plainly() -> Iterator[None]:
     yield
 
 
+def pipe_id(pipe: Any) -> str:
+    """What images depend on besides the call: the transformer's weights and the scheduler's shift."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(pipe.transformer.state_dict().items()):
+        digest.update(name.encode() + weight.contiguous().view(torch.uint8).numpy().tobytes())
+    return f"{digest.hexdigest()[:10]}-shift{pipe.scheduler.config.shift:g}"
+
+
 class Pairs:
     """Pairs of one split, and every way's images for them, from the cache folder where they exist.
 
-    tokens: T5 tokens of the call (silent in the tiny world; the pipeline's default is 256).
+    guidance: of the call. tokens: T5 tokens of the call (silent in the tiny world; the pipeline's default is 256).
     """
 
     def __init__(
-        self, pipe: Any, count: int, split: str, seed: int, tokens: int, cache: Path | None
+        self,
+        pipe: Any,
+        count: int,
+        split: str,
+        seed: int,
+        guidance: float,
+        tokens: int,
+        cache: Path | None,
     ) -> None:
-        self.pipe, self.seed, self.tokens, self.cache = pipe, seed, tokens, cache
+        self.pipe, self.seed, self.cache = pipe, seed, cache
+        self.call = {"guidance_scale": guidance, "max_sequence_length": tokens}
         self.scenes = sample(count, seed, split)
         self.nfe: dict[str, float] = {}
         if cache is not None:
-            self.cache = cache / f"{rapid3rt.pipeline.model_id(pipe.transformer)}-{split}-{seed}"
+            self.cache = cache / f"{pipe_id(pipe)}-{split}-{seed}-g{guidance:g}-t{tokens}"
 
     def images(self, name: str, steps: int, way: Way = plainly) -> torch.Tensor:
         """What a way makes of all pairs: float32 `[n, 3, 64, 64]` in -1..1. name: of its cache files."""
@@ -85,7 +102,7 @@ class Pairs:
                 num_inference_steps=steps,
                 generator=[torch.Generator().manual_seed(self.seed * 100_003 + i) for i in noises],
                 output_type="pt",
-                max_sequence_length=self.tokens,
+                **self.call,
             ).images
             try:
                 spent = [float(i.nfe) for i in rapid3rt.report(self.pipe).images]

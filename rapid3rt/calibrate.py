@@ -38,7 +38,16 @@ from rapid3rt.policies import (
 from rapid3rt.policies.base import Warp, shift_sigma, trimmed_sigmas, unshift_sigma
 from rapid3rt.policies.controller import local_error
 from rapid3rt.policies.folder import PolicyFolder
-from rapid3rt.types import ActionCosts, ComputeDecision, DenoiseState, Run, StepDecision
+from rapid3rt.types import (
+    ADAMS_BASHFORTH,
+    AUTO,
+    EULER,
+    ActionCosts,
+    ComputeDecision,
+    DenoiseState,
+    Run,
+    StepDecision,
+)
 
 NUM_KNOTS = 6
 SEARCH_STEPS = (6, 8)
@@ -68,7 +77,8 @@ def calibrate(
     prompts: a dozen or more; each is paired with its own noise, drawn from `seed` and its position.
     out: folder of the policy; give the same folder again to go on after an interruption.
     num_inference_steps: steps of the pipeline that users will call. evaluations: warps to try.
-    call: further arguments of the pipeline's call (guidance_scale, height, ...), the same for every measurement.
+    call: further arguments of the pipeline's call (guidance_scale, height, ...), the same for every measurement: give
+        those that users will call with, since guidance above all decides where the steps belong.
 
     Returns
     -------
@@ -103,6 +113,7 @@ def calibrate(
         "prompts": len(prompts),
         "seed": seed,
         "num_inference_steps": num_inference_steps,
+        "call": {name: value for name, value in (call or {}).items() if _is_plain(value)},
         "torch_threads": torch.get_num_threads(),
         "mean_squared_error": table,
     }
@@ -110,6 +121,10 @@ def calibrate(
     folder.save(out)
     _plot(table, Path(out) / "calibration.png")
     return folder
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (str, int, float, bool))
 
 
 def format_table(table: Mapping[str, Mapping[str, float]]) -> str:
@@ -214,7 +229,7 @@ class _Bench:
             if stored["images"].shape[0] == len(self.prompts):
                 self._reference = stored["images"]
         if self._reference is None:
-            with _accelerated(self.pipe, Steps(REFERENCE_STEPS, trim=True, order=2)):
+            with _accelerated(self.pipe, Steps(REFERENCE_STEPS, trim=True, order=AUTO)):
                 self._reference = self.images(REFERENCE_STEPS, "converged solutions")
             save_file({"images": self._reference.contiguous()}, path)
         return self._reference
@@ -360,7 +375,6 @@ class _ProfilePolicy:
 
 def _search(bench: _Bench, evaluations: int) -> tuple[int, list[float]]:
     """Order and knots. First one number (a change of shift), then the knots by coordinate steps that shrink."""
-    even = [(i + 1) / (NUM_KNOTS + 1) for i in range(NUM_KNOTS)]
     spent = 0
     bar = tqdm(total=evaluations, desc="grid search", disable=not bench.progress)
 
@@ -375,15 +389,19 @@ def _search(bench: _Bench, evaluations: int) -> tuple[int, list[float]]:
         )
 
     bench.reference()
-    order = min((1, 2), key=lambda o: objective(o, even))
-    shifted = {r: [shift_sigma(u, r) for u in even] for r in (0.35, 0.5, 0.7, 1.0, 1.4, 2.0)}
-    scores = {r: objective(order, w) for r, w in shifted.items()}
-    best_ratio = min(scores, key=lambda r: scores[r])
-    for ratio in (best_ratio * 0.84, best_ratio * 1.19):
-        shifted[ratio] = [shift_sigma(u, ratio) for u in even]
-        scores[ratio] = objective(order, shifted[ratio])
-    best_ratio = min(scores, key=lambda r: scores[r])
-    knots, best = shifted[best_ratio], scores[best_ratio]
+    # Adams-Bashforth everywhere is no candidate: where it wins here it may still explode at another guidance scale.
+    scores: dict[tuple[int, float], float] = {}
+
+    def try_shift(order: int, ratio: float) -> None:
+        scores[order, ratio] = objective(order, _shifted(ratio))
+
+    for order, ratio in itertools.product((AUTO, EULER), (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)):
+        try_shift(order, ratio)
+    order, ratio = min(scores, key=lambda key: scores[key])
+    for factor in (0.84, 1.19):
+        try_shift(order, ratio * factor)
+    order, ratio = min(scores, key=lambda key: scores[key])
+    knots, best = _shifted(ratio), scores[order, ratio]
     width = 0.25
     while spent < evaluations and width > 0.02:
         improved = False
@@ -400,6 +418,11 @@ def _search(bench: _Bench, evaluations: int) -> tuple[int, list[float]]:
         bar.set_postfix(error=f"{math.exp(best):.2e}")
     bar.close()
     return order, knots
+
+
+def _shifted(ratio: float) -> list[float]:
+    """Knots of the warp that multiplies the scheduler's shift by a ratio."""
+    return [shift_sigma((i + 1) / (NUM_KNOTS + 1), ratio) for i in range(NUM_KNOTS)]
 
 
 def _moved(knots: Sequence[float], i: int, share: float) -> list[float]:
@@ -429,7 +452,8 @@ def _table(bench: _Bench, order: int, knots: Sequence[float]) -> dict[str, dict[
         column = {
             "plain": bench.error(Steps(k), k, "steps"),
             "trim": bench.error(Steps(k, trim=True), k, "trim"),
-            "trim/ab2": bench.error(Steps(k, trim=True, order=2), k, "trim/ab2"),
+            "trim/ab2": bench.error(Steps(k, trim=True, order=ADAMS_BASHFORTH), k, "trim/ab2"),
+            "trim/auto": bench.error(Steps(k, trim=True, order=AUTO), k, "trim/auto"),
             "calibrated": bench.family_error(order, knots, k),
         }
         for name, value in column.items():
@@ -446,7 +470,7 @@ def _plot(table: Mapping[str, Mapping[str, float]], path: Path) -> None:
         return
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for (name, row), style in zip(table.items(), (":", "--", "-.", "-"), strict=True):
+    for (name, row), style in zip(table.items(), (":", "--", "-.", (0, (1, 3)), "-"), strict=True):
         axes.plot([int(k) for k in row], list(row.values()), style, marker="o", label=name)
     axes.set_xscale("log")
     axes.set_yscale("log")

@@ -109,6 +109,7 @@ def generate(
     budget: Annotated[int | None, typer.Option(help="evaluations per image, hard cap")] = None,
     speed: Annotated[float | None, typer.Option(help="plain steps over ours")] = None,
     steps: Annotated[int, typer.Option(help="steps of the plain pipeline")] = 28,
+    guidance: Annotated[float | None, typer.Option(help="guidance scale")] = None,
     seed: Annotated[int, typer.Option(help="noise of the first image")] = 0,
 ) -> None:
     """Generate images with an accelerated pipeline and print what each one was spared."""
@@ -120,7 +121,8 @@ def generate(
     pipe = _load(model)
     rapid3rt.accelerate(pipe, policy, budget=budget, speed=speed)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    images = pipe(prompts, num_inference_steps=steps, generator=generators).images
+    further = {} if guidance is None else {"guidance_scale": guidance}
+    images = pipe(prompts, num_inference_steps=steps, generator=generators, **further).images
     out.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         image.save(out / f"{i:03d}.png")
@@ -135,6 +137,9 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="policy folder; the same folder resumes")],
     steps: Annotated[int, typer.Option(help="steps of the plain pipeline")] = 28,
     evaluations: Annotated[int, typer.Option(help="grids to try")] = 40,
+    guidance: Annotated[
+        float | None, typer.Option(help="guidance scale that users will call with")
+    ] = None,
     seed: Annotated[int, typer.Option(help="noise")] = 0,
 ) -> None:
     """Fit a sigma grid to a model from a dozen prompts; minutes, no training."""
@@ -148,7 +153,13 @@ def calibrate(
             f"must hold at least one prompt, got an empty {prompts}", param_hint="--prompts"
         )
     folder = rapid3rt.calibrate(
-        _load(model), lines, out, num_inference_steps=steps, evaluations=evaluations, seed=seed
+        _load(model),
+        lines,
+        out,
+        num_inference_steps=steps,
+        evaluations=evaluations,
+        seed=seed,
+        call={} if guidance is None else {"guidance_scale": guidance},
     )
     console.print(format_table(folder.provenance["mean_squared_error"]), highlight=False)
     console.print(

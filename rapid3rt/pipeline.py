@@ -27,7 +27,7 @@ from rapid3rt.runtime.twins import make_scheduler_twin, make_transformer_twin
 from rapid3rt.runtime.twins.base import real_class, session_of
 from rapid3rt.runtime.twins.scheduler import check_scheduler
 from rapid3rt.runtime.twins.transformer import refuse_compiled
-from rapid3rt.types import ActionCosts, Policy
+from rapid3rt.types import AUTO, ActionCosts, Policy
 
 BUNDLED_POLICIES = Path(__file__).parent / "tiny" / "assets"
 DEFAULT_SPEED = 2.5
@@ -50,7 +50,7 @@ def accelerate(
     Parameters
     ----------
     pipe: a diffusers pipeline with a supported transformer and a FlowMatch Euler scheduler.
-    policy: a `Policy`, "auto", "dense", "steps:K[/trim][/ab2]", "threshold:X", "controller:X", "schedule:FILE",
+    policy: a `Policy`, "auto", "dense", "steps:K[/trim][/ab2|/auto]", "threshold:X", "controller:X", "schedule:FILE",
         "replay:FILE", or the folder (or hub id) of a calibrated policy.
     budget: hard cap on the evaluations of every image, 1 to the run's steps.
     speed: asks for steps / speed evaluations, at least 1. At most one of budget and speed.
@@ -171,7 +171,7 @@ def model_id(transformer: Any) -> str:
 class _Source:
     """A policy before any run: what it is, what its actions cost, whether it needs a budget or speed to save work.
 
-    policy None: evenly spaced second-order steps, as many as the budget or speed gives.
+    policy None: evenly spaced steps, second-order where that is stable, as many as the budget or speed gives.
     """
 
     policy: Policy | None
@@ -229,10 +229,13 @@ def _automatic(model: str) -> _Source:
         loaded = PolicyFolder.load(bundled)
         schedule = ScheduleFamily(loaded.schedule, name="searched schedule family (bundled)")
         return _Source(policy=schedule, name=schedule.name, costs=loaded.costs, wants_dial=True)
-    note = "no policy is bundled for this model: evenly spaced second-order steps; rapid3rt.calibrate does better"
+    note = (
+        "no policy is bundled for this model: evenly spaced steps, second-order where stable; "
+        "rapid3rt.calibrate does better"
+    )
     return _Source(
         policy=None,
-        name="steps/trim/ab2",
+        name="steps/trim/auto",
         costs=ActionCosts(),
         wants_dial=True,
         notes=(note,),
@@ -266,7 +269,7 @@ def _limit(
             return Dense()
         k = evaluations_at(ticks, speed) if speed is not None else budget
         assert k is not None  # `accelerate` fills in a speed where neither was given
-        return Steps(k, trim=True, order=2)
+        return Steps(k, trim=True, order=AUTO)
     if budget is not None:
         return (
             policy if isinstance(policy, Dense) and budget == ticks else with_budget(policy, budget)

@@ -15,7 +15,7 @@ import torch
 COMPUTE, REUSE, FORECAST_1, FORECAST_2 = 0, 1, 2, 3
 ACTION_NAMES = ("compute", "reuse", "forecast_1", "forecast_2")
 RUNNABLE_ACTIONS = ACTION_NAMES[:2]
-EULER, ADAMS_BASHFORTH = 1, 2
+AUTO, EULER, ADAMS_BASHFORTH = 0, 1, 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +93,11 @@ class ComputeDecision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepDecision:
-    """After the forward. next_sigma: float32 `[B]`. order: int8 `[B]`, 1 Euler (also when None), 2 Adams-Bashforth."""
+    """After the forward. next_sigma: float32 `[B]`.
+
+    order: int8 `[B]`, 1 Euler (also when None), 2 Adams-Bashforth, 0 (AUTO) whichever of them is stable for the image
+    here (`runtime.solver`).
+    """
 
     next_sigma: torch.Tensor
     order: torch.Tensor | None = None

@@ -94,7 +94,7 @@ class Plan:
 BAD_SIGMA, BAD_ORDER = 1, 2
 _BAD = {
     BAD_SIGMA: ("next_sigma", "a number, got nan"),
-    BAD_ORDER: ("order", "1 (Euler) or 2 (Adams-Bashforth), got another"),
+    BAD_ORDER: ("order", "0 (auto), 1 (Euler) or 2 (Adams-Bashforth), got another"),
 }
 
 

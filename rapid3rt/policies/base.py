@@ -16,7 +16,15 @@ from typing import TypeVar
 
 import torch
 
-from rapid3rt.types import EULER, ComputeDecision, DenoiseState, Run, StepDecision
+from rapid3rt.types import (
+    ADAMS_BASHFORTH,
+    AUTO,
+    EULER,
+    ComputeDecision,
+    DenoiseState,
+    Run,
+    StepDecision,
+)
 
 Scalar = TypeVar("Scalar", float, torch.Tensor)
 
@@ -189,10 +197,15 @@ def check_count(name: str, value: int) -> int:
     return value
 
 
+def order_suffix(order: int) -> str:
+    """How the name of a policy says its order; nothing for Euler."""
+    return {AUTO: "/auto", EULER: "", ADAMS_BASHFORTH: "/ab2"}[order]
+
+
 def check_order(order: int) -> int:
-    """Return `order`. Raises `ValueError` unless it is 1 (Euler) or 2 (Adams-Bashforth)."""
-    if order not in (1, 2):
-        msg = f"order must be 1 (Euler) or 2 (Adams-Bashforth), got {order!r}"
+    """Return `order`. Raises `ValueError` unless it is 0 (auto), 1 (Euler) or 2 (Adams-Bashforth)."""
+    if order not in (AUTO, EULER, ADAMS_BASHFORTH):
+        msg = f"order must be 0 (auto), 1 (Euler) or 2 (Adams-Bashforth), got {order!r}"
         raise ValueError(msg)
     return order
 

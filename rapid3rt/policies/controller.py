@@ -30,7 +30,7 @@ from rapid3rt.policies.base import (
     step_to,
 )
 from rapid3rt.policies.schedule import WarpFamily
-from rapid3rt.types import ADAMS_BASHFORTH, ComputeDecision, DenoiseState, Run, StepDecision
+from rapid3rt.types import AUTO, ComputeDecision, DenoiseState, Run, StepDecision
 
 POWER = 2 / 3
 # A step is at most doubled or halved: an image may get up to twice the evaluations of the average
@@ -77,7 +77,7 @@ class Controller:
     From where it stands an image wants round(u / du) even steps. Where its evaluations or the run's
     ticks allow fewer, it takes its share of them, shorter where it is harder than it was so far:
     then only the placement is left to choose. Every image lands at 0 within its budget and within
-    the run's ticks. Order 2 unless told otherwise.
+    the run's ticks. Order 2 where it is stable, unless told otherwise.
     """
 
     leaves_grid = True
@@ -88,7 +88,7 @@ class Controller:
         tol: float,
         *,
         family: WarpFamily | None = None,
-        order: int = ADAMS_BASHFORTH,
+        order: int = AUTO,
         budget: int | None = None,
         speed: float | None = None,
     ) -> None:

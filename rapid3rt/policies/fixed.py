@@ -11,6 +11,7 @@ from rapid3rt.policies.base import (
     compute_all,
     device_list,
     next_from_list,
+    order_suffix,
     step_to,
     trimmed_sigmas,
 )
@@ -39,18 +40,18 @@ class Dense:
 
 
 class Steps:
-    """`steps:K[/trim][/ab2]`: every image takes the same k computed steps.
+    """`steps:K[/trim][/ab2|/auto]`: every image takes the same k computed steps.
 
     Without `trim` the scheduler itself is set to k steps and the images equal the plain k-step
     pipeline bit for bit (order 1). `trim` walks `trimmed_sigmas(k)` instead. Order 2 is Adams-
-    Bashforth.
+    Bashforth, 0 the highest that is stable for the image.
     """
 
     reuses = False
 
     def __init__(self, k: int, *, trim: bool = False, order: int = EULER) -> None:
         self.k, self.trim, self.order = check_count("steps", k), trim, check_order(order)
-        self.name = f"steps:{k}" + ("/trim" if trim else "") + ("/ab2" if order != EULER else "")
+        self.name = f"steps:{k}" + ("/trim" if trim else "") + order_suffix(order)
         self.grid_steps = None if trim else k
         self.leaves_grid = trim
         self._sigmas: torch.Tensor | None = None

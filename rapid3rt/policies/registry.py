@@ -12,12 +12,12 @@ from rapid3rt.policies.fixed import Dense, Steps
 from rapid3rt.policies.replay import Replay
 from rapid3rt.policies.schedule import schedule_policy
 from rapid3rt.policies.threshold import Threshold
-from rapid3rt.types import ADAMS_BASHFORTH, EULER, Policy
+from rapid3rt.types import ADAMS_BASHFORTH, AUTO, EULER, Policy
 
 GRAMMAR = {
     "dense": "dense",
-    "steps": "steps:K[/trim][/ab2]",
-    "threshold": "threshold:X[/ab2]",
+    "steps": "steps:K[/trim][/ab2|/auto]",
+    "threshold": "threshold:X[/ab2|/auto]",
     "controller": "controller:TOL",
     "schedule": "schedule:FILE",
     "replay": "replay:FILE",
@@ -77,21 +77,25 @@ def _float(kind: str, argument: str, value: str) -> float:
         raise _malformed(kind, f"{kind}:{argument}") from None
 
 
-def _order(options: set[str]) -> int:
-    return ADAMS_BASHFORTH if "ab2" in options else EULER
+def _order(kind: str, argument: str, options: set[str]) -> int:
+    if {"ab2", "auto"} <= options:
+        raise _malformed(kind, f"{kind}:{argument}")
+    return ADAMS_BASHFORTH if "ab2" in options else AUTO if "auto" in options else EULER
 
 
 def _steps(argument: str) -> Policy:
-    value, options = _options("steps", argument, ("trim", "ab2"))
+    value, options = _options("steps", argument, ("trim", "ab2", "auto"))
     if not (value.isascii() and value.isdigit()):
         msg = "steps"
         raise _malformed(msg, f"steps:{argument}")
-    return Steps(int(value), trim="trim" in options, order=_order(options))
+    return Steps(int(value), trim="trim" in options, order=_order("steps", argument, options))
 
 
 def _threshold(argument: str) -> Policy:
-    value, options = _options("threshold", argument, ("ab2",))
-    return Threshold(_float("threshold", argument, value), order=_order(options))
+    value, options = _options("threshold", argument, ("ab2", "auto"))
+    return Threshold(
+        _float("threshold", argument, value), order=_order("threshold", argument, options)
+    )
 
 
 _MAKERS: dict[str, Callable[[str], Policy]] = {

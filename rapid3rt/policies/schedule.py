@@ -7,7 +7,7 @@ A file is JSON, `"format": "rapid3rt.schedule"`, `"version": 1`, and of one of t
 sigma is where the tick starts; it steps to the sigma of the next entry, the last one to 0),
 `provenance` (free object).
 
-`family`: `family`, `num_ticks` and `shift` (the run it was searched on), `order` (1 or 2), `knots`
+`family`: `family`, `num_ticks` and `shift` (the run it was searched on), `order` (1, 2, or 0: auto), `knots`
 (interior `[u, w]` of a monotone warp w; phi*(u) = phi(w(u)) and the grid of k evaluations is phi*(1
 - j / k)), `error_profile` (null, or `[u, value]` for `controller`: the mean over images of
 `controller.local_error`), `provenance`.
@@ -42,6 +42,8 @@ from rapid3rt.policies.base import (
 )
 from rapid3rt.types import (
     ACTION_NAMES,
+    ADAMS_BASHFORTH,
+    AUTO,
     COMPUTE,
     RUNNABLE_ACTIONS,
     ComputeDecision,
@@ -137,7 +139,7 @@ def _read_fixed(fields: Fields) -> FixedPlan:
             sigma=entry.number("sigma", 0.0, 1.0),
             action=ACTION_NAMES.index(entry.text("action", RUNNABLE_ACTIONS)),
             level=entry.integer("level", 0, sparsity.num_levels() - 1),
-            order=entry.integer("order", 1, 2),
+            order=entry.integer("order", AUTO, ADAMS_BASHFORTH),
         )
         for entry in fields.children("ticks")
     )
@@ -176,7 +178,7 @@ def _read_family(fields: Fields) -> WarpFamily:
         family=fields.text("family"),
         num_ticks=num_ticks,
         shift=shift,
-        order=fields.integer("order", 1, 2),
+        order=fields.integer("order", AUTO, ADAMS_BASHFORTH),
         knots=knots,
         error_profile=_read_profile(fields),
         provenance=fields.child("provenance").data,

@@ -10,6 +10,7 @@ from rapid3rt.policies.base import (
     check_order,
     device_list,
     next_from_list,
+    order_suffix,
     planned_evaluations,
     step_to,
 )
@@ -39,7 +40,7 @@ class Threshold:
     ) -> None:
         self.x = check_number("threshold", x, lambda v: v >= 0, "a finite number of at least 0")
         self.order, self.budget, self.speed = check_order(order), budget, speed
-        self.name = f"threshold:{x:g}" + ("/ab2" if order != EULER else "")
+        self.name = f"threshold:{x:g}" + order_suffix(order)
         self._sigmas: torch.Tensor | None = None
         self._evaluations = 0
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where every image stands: sigma, counters, references and velocities, and the per-image Euler step.
+"""Where every image stands: sigma, counters, the reference, and where it goes next.
 
 All state is on the device and is only ever moved by whole-batch tensor operations; the host never looks.
 Grid points are indices into the scheduler's own sigmas and timesteps, so that dense runs are the plain ones bit for
@@ -13,11 +13,17 @@ from dataclasses import dataclass
 import torch
 
 from rapid3rt.planning.planner import BAD_ORDER, BAD_SIGMA
-from rapid3rt.types import COMPUTE, ComputeDecision, DenoiseState, StepDecision
+from rapid3rt.runtime.solver import Solver
+from rapid3rt.types import (
+    ADAMS_BASHFORTH,
+    AUTO,
+    COMPUTE,
+    ComputeDecision,
+    DenoiseState,
+    StepDecision,
+)
 
 NUM_TRAIN_TIMESTEPS = 1000
-MAX_STEP_RATIO = 8.0
-"""Cap of d / (sigma - sigma_p) in the second-order step (METHOD.md, section 1)."""
 
 
 @dataclass(slots=True)
@@ -26,9 +32,7 @@ class Images:
 
     bad: int32 `[B]`, what was wrong with the last step decision, 0 for nothing; the next plan reads it.
     sigmas: float32 `[n + 1]`, timesteps: float32 `[n]`, the scheduler's. index: int64 `[B]` into them, -1 off grid.
-    v_last, v_before: guided velocities of the last two computes as the pipeline has them (None before the first step),
-    sigma_last, sigma_before where they were taken;
-    computes: int32 `[B]`, how many of them there are.
+    solver: the past that a step of order 2 needs.
     """
 
     sigmas: torch.Tensor
@@ -42,10 +46,7 @@ class Images:
     done: torch.Tensor
     bad: torch.Tensor
     reference: torch.Tensor
-    sigma_last: torch.Tensor
-    sigma_before: torch.Tensor
-    v_last: torch.Tensor | None = None
-    v_before: torch.Tensor | None = None
+    solver: Solver
 
     @classmethod
     def start(
@@ -76,8 +77,7 @@ class Images:
             done=flags(),
             bad=integers(),
             reference=torch.zeros_like(latents),
-            sigma_last=numbers(),
-            sigma_before=numbers(),
+            solver=Solver.start(num, device),
         )
 
     def timestep(self) -> torch.Tensor:
@@ -122,7 +122,7 @@ class Images:
         velocity: torch.Tensor,
         computes: torch.Tensor,
         last: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Move every image to its own next sigma.
 
         Parameters
@@ -133,76 +133,33 @@ class Images:
 
         Returns
         -------
-        New latents `[B, ...]` in the velocity's dtype, and the sigma each image moved to, float32 `[B]`.
+        New latents `[B, ...]` in the velocity's dtype, the sigma each image moved to, float32 `[B]`, and the order
+        taken, int8 `[B]` or None for Euler everywhere.
         """
         wanted = decision.next_sigma.to(torch.float32)
         # A NaN is an error at the next plan; until then the image stands still.
         nan = torch.isnan(wanted)
         self.bad = torch.where(nan, BAD_SIGMA, 0)
         if decision.order is not None:
-            order = decision.order
-            self.bad = torch.where((order < 1) | (order > 2), BAD_ORDER, self.bad)
+            unknown = (decision.order < AUTO) | (decision.order > ADAMS_BASHFORTH)
+            self.bad = torch.where(unknown, BAD_ORDER, self.bad)
         self.bad = torch.where(self.done, 0, self.bad)
         target = torch.where(nan, self.sigma, wanted).clamp(min=0.0)
         target = torch.minimum(target, self.sigma)
         if last:
             target = torch.zeros_like(target)
         target = torch.where(self.done, self.sigma, target)
-        if self.v_last is None or self.v_before is None:
-            self.v_last = self.v_before = torch.zeros_like(velocity)
-        moved = self._move(sample, velocity, target, decision.order, computes)
+        moved, order = self.solver.step(
+            sample, velocity, self.sigma, target, decision.order, computes
+        )
         moved = torch.where(_spread(self.done, moved), sample.to(velocity.dtype), moved)
-        self._remember(velocity, computes)
         hits = target[:, None] == self.sigmas[None, :]
         index = torch.where(hits.any(1), hits.int().argmax(1), -1)
         self.index = torch.where(self.done, self.index, index)
         self.sigma = target
         self.step = self.step + (~self.done).int()
         self.done = self.done | (target <= 0)
-        return moved, target
-
-    def _move(
-        self,
-        sample: torch.Tensor,
-        velocity: torch.Tensor,
-        target: torch.Tensor,
-        order: torch.Tensor | None,
-        computes: torch.Tensor,
-    ) -> torch.Tensor:
-        """Euler as diffusers has it (difference rounded to the velocity's dtype first), or the second-order step."""
-        x, d = sample.float(), target - self.sigma
-        euler = (x + _spread(d.to(velocity.dtype), x) * velocity).to(velocity.dtype)
-        if order is None:
-            return euler
-        assert self.v_last is not None
-        assert self.v_before is not None
-        v = velocity.float()
-        # A computed tick extrapolates from the last compute, a reused one from the last two.
-        gap = torch.where(
-            computes, self.sigma - self.sigma_last, self.sigma_last - self.sigma_before
-        )
-        ahead = torch.where(computes, d / 2, self.sigma + d / 2 - self.sigma_last)
-        # `nfe` already counts this tick's compute, so both cases need two of them.
-        known = (self.nfe > 1) & (gap != 0) & (order > 1)
-        limit = (gap * MAX_STEP_RATIO / 2).abs()
-        slope_length = torch.where(
-            known, ahead.clamp(-limit, limit) / torch.where(gap == 0, 1.0, gap), 0.0
-        )
-        newest = torch.where(_spread(computes, v), v, self.v_last.float())
-        older = torch.where(_spread(computes, v), self.v_last.float(), self.v_before.float())
-        second = (x + _spread(d, x) * (newest + _spread(slope_length, x) * (newest - older))).to(
-            velocity.dtype
-        )
-        return torch.where(_spread(known, x), second, euler)
-
-    def _remember(self, velocity: torch.Tensor, computes: torch.Tensor) -> None:
-        assert self.v_last is not None
-        assert self.v_before is not None
-        mask = _spread(computes, velocity)
-        self.v_before = torch.where(mask, self.v_last, self.v_before)
-        self.v_last = torch.where(mask, velocity, self.v_last)
-        self.sigma_before = torch.where(computes, self.sigma_last, self.sigma_before)
-        self.sigma_last = torch.where(computes, self.sigma, self.sigma_last)
+        return moved, target, order
 
 
 def _spread(per_image: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ import torch
 
 from rapid3rt.pipeline import accelerate, report, restore
 from rapid3rt.runtime.report import Report
+from rapid3rt.tiny import GUIDANCE
 from rapid3rt.tiny.rivals import solver
 from rapid3rt.tiny.scenes import Scene, sample
 from rapid3rt.tiny.score import score
@@ -73,6 +74,7 @@ def run(
         images: torch.Tensor = pipe(
             prompts,
             num_inference_steps=steps,
+            guidance_scale=GUIDANCE,
             generator=generators,
             output_type="pt",
             max_sequence_length=MAX_TOKENS,

@@ -51,7 +51,7 @@ def test_an_average_image_walks_the_trimmed_grid(sim):
     assert walk.nfe == [10, 10]
     grid = trimmed_sigmas(10, sim.run())
     assert walk.column("next_sigma", 0) == pytest.approx(grid[1:], abs=0.005)
-    assert set(walk.column("order", 0)) == {2}
+    assert set(walk.column("order", 0)) == {0}
 
 
 def test_the_first_step_is_the_tolerance_on_the_family_grid(sim):

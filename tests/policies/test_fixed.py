@@ -57,8 +57,8 @@ def test_steps_must_be_a_count(k):
         Steps(k)
 
 
-def test_order_must_be_one_or_two():
-    with pytest.raises(ValueError, match=r"order must be 1 \(Euler\) or 2"):
+def test_order_must_be_known():
+    with pytest.raises(ValueError, match=r"order must be 0 \(auto\), 1 \(Euler\) or 2"):
         Steps(4, order=3)
 
 

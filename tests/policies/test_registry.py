@@ -25,10 +25,11 @@ from rapid3rt.policies import (
         ("steps:9", Steps, {"k": 9, "trim": False, "order": 1, "grid_steps": 9}),
         ("steps:9/trim", Steps, {"k": 9, "trim": True, "order": 1, "grid_steps": None}),
         ("steps:9/ab2", Steps, {"k": 9, "trim": False, "order": 2}),
+        ("steps:9/auto", Steps, {"k": 9, "trim": False, "order": 0}),
         ("steps:9/trim/ab2", Steps, {"k": 9, "trim": True, "order": 2}),
         ("threshold:0.1", Threshold, {"x": 0.1, "order": 1}),
         ("threshold:0.25/ab2", Threshold, {"x": 0.25, "order": 2}),
-        ("controller:0.1", Controller, {"tol": 0.1, "order": 2}),
+        ("controller:0.1", Controller, {"tol": 0.1, "order": 0}),
     ],
 )
 def test_a_name_makes_its_policy_which_bears_it(name, kind, values):
@@ -74,14 +75,15 @@ def test_an_unknown_name_lists_all_known_ones_nearest_first(wrong, nearest):
 @pytest.mark.parametrize(
     ("name", "form"),
     [
-        ("steps", r"steps:K\[/trim\]\[/ab2\]"),
-        ("steps:", r"steps:K\[/trim\]\[/ab2\]"),
+        ("steps", r"steps:K\[/trim\]\[/ab2\|/auto\]"),
+        ("steps:", r"steps:K\[/trim\]\[/ab2\|/auto\]"),
         ("steps:nine", "steps:K"),
         ("steps:9.5", "steps:K"),
         ("steps:-1", "steps:K"),
         ("steps:9/trim/trim", "steps:K"),
         ("steps:9/fast", "steps:K"),
-        ("threshold", r"threshold:X\[/ab2\]"),
+        ("steps:9/ab2/auto", "steps:K"),
+        ("threshold", r"threshold:X\[/ab2\|/auto\]"),
         ("threshold:lots", "threshold:X"),
         ("controller:0.1/ab2", "controller:TOL"),
         ("dense:3", "dense"),

@@ -29,11 +29,13 @@ def trace_of(walk, run, **changes):
 @pytest.fixture
 def traced(sim):
     run = sim.run(3)
-    walk = sim.drive(Controller(0.1), run, sim.world(3))
+    walk = sim.drive(Controller(0.1, order=2), run, sim.world(3))
     return run, walk, trace_of(walk, run)
 
 
-@pytest.mark.parametrize("policy", [Controller(0.1), Threshold(0.2), Dense()], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "policy", [Controller(0.1, order=2), Threshold(0.2), Dense()], ids=lambda p: p.name
+)
 def test_every_decision_is_taken_again_bit_for_bit(sim, policy, tmp_path):
     run = sim.run(4)
     walk = sim.drive(policy, run, sim.world(4))

@@ -130,7 +130,7 @@ def test_a_wrong_field_of_a_fixed_schedule_is_named(change, message, tmp_path):
         (0, {"action": "reuse"}, r"ticks\[0\]\.action must be compute"),
         (2, {"action": "sleep"}, r"ticks\[2\]\.action must be one of compute, reuse"),
         (1, {"level": -1}, r"ticks\[1\]\.level must be an integer in 0\.\.3, got -1"),
-        (1, {"order": 3}, r"ticks\[1\]\.order must be an integer in 1\.\.2, got 3"),
+        (1, {"order": 3}, r"ticks\[1\]\.order must be an integer in 0\.\.2, got 3"),
     ],
 )
 def test_a_wrong_tick_is_named(index, change, message, tmp_path):
@@ -150,7 +150,7 @@ def test_a_wrong_tick_is_named(index, change, message, tmp_path):
         ({"knots": [[0.5, None]]}, r"knots\[0\]\[1\] must be a number"),
         ({"knots": [[0.2, 0.001]]}, r"knots must keep phi\*\(1 / num_ticks\) at 0.02 or above"),
         ({"shift": 0}, "shift must be above 0"),
-        ({"order": 0}, r"order must be an integer in 1\.\.2"),
+        ({"order": -1}, r"order must be an integer in 0\.\.2"),
         ({"num_ticks": True}, "num_ticks must be an integer of at least 1, got True"),
         ({"error_profile": [[0.0, 1.0]]}, "error_profile must be null or at least two"),
         ({"error_profile": [[0.0, 1.0], [1.0, 0.0]]}, "error_profile must be null"),

@@ -116,7 +116,7 @@ NAMES = {
     "steps:2.5": r"policy 'steps' must be written steps:K.*got 'steps:2\.5'",
     "steps:": r"policy 'steps' must be written steps:K.*got 'steps:'",
     "steps": r"policy 'steps' must be written steps:K.*got 'steps'",
-    "steps:5/foo": r"policy 'steps' must be written steps:K\[/trim\]\[/ab2\], got 'steps:5/foo'",
+    "steps:5/foo": r"policy 'steps' must be written steps:K\[/trim\]\[/ab2\|/auto\], got 'steps:5/foo'",
     "steps:5/trim/trim": r"policy 'steps' must be written steps:K.*got 'steps:5/trim/trim'",
     "threshold:-1": r"threshold must be a finite number of at least 0, got -1",
     "threshold:nan": r"threshold must be a finite number.*got nan",

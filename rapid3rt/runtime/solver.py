@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The step from one sigma to the next, each image at its own order (METHOD.md, section 1).
+
+Order 1 is Euler as diffusers has it. Order 2 is Adams-Bashforth on the image's own computed velocities. `AUTO` takes
+order 2 where this image's velocity shows that it is stable there, else Euler: classifier-free guidance makes the flow
+stiff, and beyond its stability limit order 2 does not lose accuracy but explodes (measured on the tiny SD3 at guidance
+7 and 8 evaluations: 32 times the error of Euler).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rapid3rt.types import ADAMS_BASHFORTH, AUTO, EULER
+
+MAX_STEP_RATIO = 8.0
+"""Cap of d / (sigma - sigma_p) in the second-order step."""
+STIFFNESS_LIMIT = 1.25
+"""Largest |d| L at which AUTO takes order 2; L is the secant's estimate, which exceeds the true one (limit: 1)."""
+SMOOTH_STIFFNESS_LIMIT = 3.0
+"""The same where the velocity's last two changes point the same way: it does not oscillate."""
+
+
+@dataclass(slots=True)
+class Solver:
+    """What each image's next step needs of its past.
+
+    sigma_last, sigma_before: float32 `[B]`, where the last two velocities were computed. v_last, v_before, x_last:
+    `[B, ...]`, those guided velocities, and the latents of the last one; None before the first step. computed: int32
+    `[B]`, how many there were.
+    """
+
+    sigma_last: torch.Tensor
+    sigma_before: torch.Tensor
+    computed: torch.Tensor
+    v_last: torch.Tensor | None = None
+    v_before: torch.Tensor | None = None
+    x_last: torch.Tensor | None = None
+
+    @classmethod
+    def start(cls, images: int, device: torch.device) -> Solver:
+        """No image has moved."""
+        zeros = torch.zeros(images, dtype=torch.float32, device=device)
+        return cls(zeros, zeros, torch.zeros(images, dtype=torch.int32, device=device))
+
+    def step(
+        self,
+        x: torch.Tensor,
+        velocity: torch.Tensor,
+        sigma: torch.Tensor,
+        target: torch.Tensor,
+        order: torch.Tensor | None,
+        computes: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Move every image and remember where it was.
+
+        Parameters
+        ----------
+        x, velocity: `[B, ...]`, latents and guided velocity. sigma, target: float32 `[B]`, from where to where.
+        order: int8 `[B]` of AUTO, 1, 2; None is 1 everywhere. computes: bool `[B]`, whose velocity is a fresh one.
+
+        Returns
+        -------
+        Latents in the velocity's dtype, and the orders with AUTO replaced by what it took.
+        """
+        d = target - sigma
+        # The difference is rounded to the velocity's dtype before the product, as diffusers has it.
+        moved = (x.float() + _spread(d.to(velocity.dtype), x) * velocity).to(velocity.dtype)
+        if order is not None and self.v_last is not None:
+            stable = self._is_stable(x, velocity, d, computes)
+            order = torch.where(
+                order == AUTO, torch.where(stable, ADAMS_BASHFORTH, EULER), order
+            ).to(torch.int8)
+            second, possible = self._second_order(x, velocity, sigma, d, computes)
+            moved = torch.where(_spread(possible & (order > 1), x), second, moved)
+        elif order is not None:
+            order = order.clamp(min=EULER)
+        self._remember(x, velocity, sigma, computes)
+        return moved, order
+
+    def _second_order(
+        self,
+        x: torch.Tensor,
+        velocity: torch.Tensor,
+        sigma: torch.Tensor,
+        d: torch.Tensor,
+        computes: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The step, `[B, ...]`, and for which images there is enough past, bool `[B]`."""
+        assert self.v_last is not None
+        assert self.v_before is not None
+        v = velocity.float()
+        # A computed tick extrapolates from the last compute, a reused one from the last two.
+        gap = torch.where(computes, sigma - self.sigma_last, self.sigma_last - self.sigma_before)
+        ahead = torch.where(computes, d / 2, sigma + d / 2 - self.sigma_last)
+        possible = (self.computed + computes > 1) & (gap != 0)
+        limit = (gap * MAX_STEP_RATIO / 2).abs()
+        slope_length = torch.where(
+            possible, ahead.clamp(-limit, limit) / torch.where(gap == 0, 1.0, gap), 0.0
+        )
+        fresh = _spread(computes, v)
+        newest = torch.where(fresh, v, self.v_last.float())
+        older = torch.where(fresh, self.v_last.float(), self.v_before.float())
+        mean = newest + _spread(slope_length, x) * (newest - older)
+        return (x.float() + _spread(d, x) * mean).to(velocity.dtype), possible
+
+    def _is_stable(
+        self, x: torch.Tensor, velocity: torch.Tensor, d: torch.Tensor, computes: torch.Tensor
+    ) -> torch.Tensor:
+        """Whether order 2 is stable over the step d, bool `[B]`.
+
+        The secant of the last two computes estimates the Lipschitz constant of the flow along its own path as
+        L = <dv, dv> / <dv, dx> (the second step length of Barzilai and Borwein, inverted); where it is negative the
+        change is the solution's own and nothing decays. Adams-Bashforth of order 2 is stable for |d| L below 1, Euler
+        below 2.
+        """
+        assert self.v_last is not None
+        assert self.v_before is not None
+        assert self.x_last is not None
+        dv, dx = velocity.float() - self.v_last.float(), x.float() - self.x_last.float()
+        dv_before = self.v_last.float() - self.v_before.float()
+        reach, slope = d.abs() * _dot(dv, dv), _dot(dv, dx)
+        smooth = (self.computed > 1) & (_dot(dv, dv_before) > 0)
+        limit = torch.where(smooth, SMOOTH_STIFFNESS_LIMIT, STIFFNESS_LIMIT)
+        return computes & (self.computed > 0) & ((reach < limit * slope) | (slope < 0))
+
+    def _remember(
+        self, x: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor, computes: torch.Tensor
+    ) -> None:
+        if self.v_last is None or self.v_before is None or self.x_last is None:
+            self.v_last = self.v_before = torch.zeros_like(velocity)
+            self.x_last = torch.zeros_like(x)
+        mask = _spread(computes, velocity)
+        self.v_before = torch.where(mask, self.v_last, self.v_before)
+        self.v_last = torch.where(mask, velocity, self.v_last)
+        self.x_last = torch.where(mask, x, self.x_last)
+        self.sigma_before = torch.where(computes, self.sigma_last, self.sigma_before)
+        self.sigma_last = torch.where(computes, sigma, self.sigma_last)
+        self.computed = self.computed + computes.int()
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a * b).flatten(1).sum(1)
+
+
+def _spread(per_image: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`[B]` to `[B, 1, ...]` of as many axes as `like`."""
+    return per_image.view(-1, *([1] * (like.ndim - 1)))
