@@ -7,26 +7,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FluxPipeline
 from safetensors.torch import load_file
 
-from rapid3rt.tiny import build, load_tiny
+from rapid3rt.tiny import flux, load_tiny, parts, sd3
 from rapid3rt.tiny.scenes import sample
 
-SMALL = build.Recipe(
-    vae_steps=2, decoder_steps=2, vae_batch=2, num_latents=100, steps=2, batch=2, layers=1, heads=1
-)
+SHORT = {"vae_steps": 2, "decoder_steps": 2, "vae_batch": 2, "num_latents": 100, "batch": 2}
+SMALL = sd3.SD3Recipe(**SHORT, steps=2, layers=1, heads=1)
+SMALL_FLUX = flux.FluxRecipe(**SHORT, steps=2, double_layers=1, single_layers=1, heads=1)
 
 
 def test_every_caption_fits_the_tokenizer_without_unknown_words() -> None:
-    tokenizer = build.make_tokenizer()
+    tokenizer = parts.make_tokenizer()
     for scene in sample(300, 0):
         ids = tokenizer(scene.caption).input_ids
-        assert len(ids) <= build.MAX_TOKENS
-        assert build.UNK not in ids
+        assert len(ids) <= parts.MAX_TOKENS
+        assert parts.UNK not in ids
 
 
 def test_a_person_may_write_commas_capitals_and_the_top_left() -> None:
-    tokenizer = build.make_tokenizer()
+    tokenizer = parts.make_tokenizer()
     loose = tokenizer("A red circle at the top left, and a blue square bottom right.").input_ids
     assert loose == tokenizer("a red circle top-left and a blue square bottom-right").input_ids
 
@@ -35,23 +36,72 @@ def test_an_interrupted_build_ends_in_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = torch.device("cpu")
-    build.build_sd3(SMALL, tmp_path / "whole", tmp_path / "a", device)
-    save, saves = build.Checkpoint.save, []
+    sd3.build_sd3(SMALL, tmp_path / "whole", tmp_path / "a", device)
+    save, saves = parts.Checkpoint.save, []
 
-    def stop_after_first(self: build.Checkpoint, step: int) -> None:
+    def stop_after_first(self: parts.Checkpoint, step: int) -> None:
         save(self, step)
         saves.append(self.path.name)
         if self.path.name == "vae.safetensors" and len(saves) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(build.Checkpoint, "save", stop_after_first)
+    monkeypatch.setattr(parts.Checkpoint, "save", stop_after_first)
     with pytest.raises(KeyboardInterrupt):
-        build.build_sd3(SMALL, tmp_path / "resumed", tmp_path / "b", device)
-    build.build_sd3(SMALL, tmp_path / "resumed", tmp_path / "b", device)
+        sd3.build_sd3(SMALL, tmp_path / "resumed", tmp_path / "b", device)
+    sd3.build_sd3(SMALL, tmp_path / "resumed", tmp_path / "b", device)
     for part in ("transformer", "vae"):
         name = f"{part}/diffusion_pytorch_model.safetensors"
         whole, resumed = (load_file(tmp_path / run / name) for run in ("whole", "resumed"))
         assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_a_flux_build_gives_a_pipeline_that_runs(tmp_path: Path) -> None:
+    flux.build_flux(SMALL_FLUX, tmp_path / "out", tmp_path / "work", torch.device("cpu"))
+    pipe = FluxPipeline.from_pretrained(tmp_path / "out")
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(
+        "a red circle top",
+        height=64,
+        width=64,
+        num_inference_steps=2,
+        max_sequence_length=32,
+        output_type="pt",
+    ).images
+    assert images.shape == (1, 3, 64, 64)
+    assert images.isfinite().all()
+
+
+def test_flux_packs_as_its_pipeline_does() -> None:
+    latents = torch.randn(2, 4, 8, 8)
+    packed = FluxPipeline._pack_latents(latents, 2, 4, 8, 8)
+    assert torch.equal(flux.pack(latents), packed)
+    assert torch.equal(flux.unpack(packed, 4), latents)
+    ids = FluxPipeline._prepare_latent_image_ids(1, 4, 4, torch.device("cpu"), torch.float32)
+    assert torch.equal(flux.grid_ids(4, torch.device("cpu")), ids)
+
+
+def test_the_teacher_is_asked_what_its_pipeline_computes() -> None:
+    pipe = load_tiny("sd3")
+    prompts = [s.caption for s in sample(2, 5)]
+    x, scale = torch.randn(2, 4, 32, 32), torch.tensor([2.0, 5.0])
+    sigma = torch.tensor([0.7, 0.7])
+    with torch.no_grad():
+        ours = flux.guided_velocity(pipe, parts.make_tokenizer(), prompts, x, sigma, scale)
+        told, empty, pooled, pooled_empty = pipe.encode_prompt(
+            prompts, None, None, max_sequence_length=32
+        )
+        velocity = [
+            pipe.transformer(
+                hidden_states=x,
+                encoder_hidden_states=text[:, :32],
+                pooled_projections=summary,
+                timestep=sigma * 1000,
+                return_dict=False,
+            )[0]
+            for text, summary in ((empty, pooled_empty), (told, pooled))
+        ]
+    guided = velocity[0] + scale[:, None, None, None] * (velocity[1] - velocity[0])
+    assert torch.allclose(ours, guided, atol=1e-4)
 
 
 def test_the_bundled_pipeline_is_a_genuine_one_that_every_kernel_serves() -> None:
@@ -73,7 +123,7 @@ def test_an_unknown_tiny_pipeline_lists_the_known_ones() -> None:
 def test_the_loss_weighs_what_is_near_an_object() -> None:
     scene = sample(1, seed=3, split="train")[0]
     assert len(scene.objects) == 1
-    mask = build._near_objects([scene], 32)[0]
+    mask = parts.near_objects([scene], 32)[0]
     item, side = scene.objects[0], 2 * (scene.objects[0].radius + 2)
     assert mask.sum().item() * 4 == pytest.approx(side**2, rel=0.25)
     rows, columns = torch.nonzero(mask, as_tuple=True)

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tiny FLUX pipeline, distilled from the tiny SD3 one with its guidance inside, as FLUX.1 [dev] was.
+
+The student sees a guidance scale g and learns the teacher's guided velocity u + g (c - u) in one evaluation. Same
+VAE, scenes and captions; text encoders of its own: T5 carries the caption, CLIP its pooled summary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from torch import nn
+from tqdm import tqdm
+from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from rapid3rt.tiny import load_tiny, parts
+from rapid3rt.tiny import scenes as world
+from rapid3rt.tiny.sd3 import encode_prompts
+
+GUIDANCE_RANGE = (1.0, 5.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FluxRecipe(parts.Recipe):
+    """Everything that decides the weights, but the teacher's."""
+
+    steps: int = 5_000
+    rate: float = 1.5e-3
+    long_text_share: float = 0.05
+    """Share of steps whose captions are padded to the 512 T5 tokens of the pipeline's default call; a tenth of the
+    others to 64, the rest to 32."""
+    double_layers: int = 2
+    single_layers: int = 4
+    heads: int = 2
+
+
+def make_t5(vocab_size: int) -> T5EncoderModel:
+    """A three-layer T5 encoder of width 128."""
+    config = T5Config(
+        vocab_size=vocab_size,
+        d_model=128,
+        d_kv=64,
+        d_ff=256,
+        num_layers=3,
+        num_heads=2,
+        dropout_rate=0.0,
+        pad_token_id=parts.PAD,
+        eos_token_id=parts.EOS,
+    )
+    return T5EncoderModel(config)
+
+
+def make_transformer(recipe: FluxRecipe) -> FluxTransformer2DModel:
+    """256 image tokens of 2 x 2 latents, head dim 64, guidance embedding."""
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=recipe.double_layers,
+        num_single_layers=recipe.single_layers,
+        attention_head_dim=64,
+        num_attention_heads=recipe.heads,
+        joint_attention_dim=128,
+        pooled_projection_dim=64,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 28, 28),
+    )
+
+
+def train_flux(
+    recipe: FluxRecipe,
+    teacher: Any,
+    table: torch.Tensor,
+    work: Path,
+    device: torch.device,
+    compiled: bool = False,
+) -> dict[str, nn.Module]:
+    """Text encoders and transformer against the teacher's guided velocity. teacher: the tiny SD3 pipeline."""
+    torch.manual_seed(recipe.seed)
+    tokenizer = parts.make_tokenizer()
+    model = nn.ModuleDict(
+        {
+            "text_encoder": CLIPTextModel(parts.make_clip_config(len(tokenizer))),
+            "text_encoder_2": make_t5(len(tokenizer)),
+            "transformer": make_transformer(recipe),
+        }
+    ).to(device)
+    average = parts.make_average(model, recipe)
+    optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    checkpoint = parts.Checkpoint(
+        work / "flux.safetensors", {"model": model, "average": average}, optimiser
+    )
+    start = checkpoint.load()
+    teacher.to(device)
+    if compiled:
+        model["transformer"].compile(dynamic=False)
+        teacher.transformer.compile(dynamic=False)
+    scenes = parts.training_scenes(recipe)
+    bar = tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, desc="flux")
+    smooth = None
+    for step in bar:
+        parts.set_rate(optimiser, recipe.rate, step, recipe.steps, recipe.warmup)
+        rng = parts.generator(recipe.seed, 14, step)
+        rows = rng.integers(len(scenes), size=recipe.batch)
+        drawn = [scenes[r] for r in rows]
+        latents = table[torch.from_numpy(rows)].float().to(device)
+        loss = _distillation_loss(recipe, model, teacher, tokenizer, latents, drawn, rng)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        average.update_parameters(model)
+        if step % 20 == 0:
+            value = float(loss.detach())
+            smooth = value if smooth is None else 0.95 * smooth + 0.05 * value
+            bar.set_postfix(loss=f"{smooth:.4f}")
+        if (step + 1) % 250 == 0 or step + 1 == recipe.steps:
+            checkpoint.save(step + 1)
+    trained: Any = average.module.eval()
+    return dict(trained.items())
+
+
+def _distillation_loss(
+    recipe: FluxRecipe,
+    model: nn.ModuleDict,
+    teacher: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    x: torch.Tensor,
+    scenes: list[world.Scene],
+    rng: np.random.Generator,
+) -> torch.Tensor:
+    """Weighted squared distance to the guided velocity at a noisy training latent."""
+    device = x.device
+    captions = [world.train_caption(scene, rng) for scene in scenes]
+    noise = parts.draw_noise(x, rng)
+    sigma = parts.draw_sigma(len(x), rng).to(device)
+    guidance = torch.from_numpy(rng.uniform(*GUIDANCE_RANGE, len(x)).astype(np.float32)).to(device)
+    # A few lengths, not any length: each is compiled once.
+    length = (
+        512 if rng.random() < recipe.long_text_share else int(rng.choice((32, 64), p=(0.9, 0.1)))
+    )
+    t = sigma[:, None, None, None]
+    noisy = (1 - t) * x + t * noise
+    with torch.autocast(device.type, torch.bfloat16):
+        with torch.no_grad():
+            target = guided_velocity(teacher, tokenizer, captions, noisy, sigma, guidance)
+        pooled = model["text_encoder"](parts.tokenize(tokenizer, captions).to(device)).pooler_output
+        prompt = model["text_encoder_2"](parts.tokenize(tokenizer, captions, length).to(device))[0]
+        side = x.shape[-1] // 2
+        velocity = model["transformer"](
+            hidden_states=pack(noisy),
+            timestep=sigma,
+            guidance=guidance,
+            pooled_projections=pooled,
+            encoder_hidden_states=prompt,
+            txt_ids=torch.zeros(length, 3, device=device),
+            img_ids=grid_ids(side, device),
+            return_dict=False,
+        )[0]
+    return parts.weighted_error(unpack(velocity, side), target, scenes, recipe)
+
+
+def guided_velocity(
+    teacher: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    captions: list[str],
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+    guidance: torch.Tensor,
+) -> torch.Tensor:
+    """The SD3 pipeline's classifier-free guidance at one scale per image: float32 `[n, 4, 32, 32]`."""
+    ids = parts.tokenize(tokenizer, [*([""] * len(captions)), *captions]).to(x.device)
+    prompt, pooled = encode_prompts(ids, (teacher.text_encoder, teacher.text_encoder_2))
+    velocity = teacher.transformer(
+        hidden_states=torch.cat([x, x]),
+        encoder_hidden_states=prompt,
+        pooled_projections=pooled,
+        timestep=torch.cat([sigma, sigma]) * 1000,
+        return_dict=False,
+    )[0]
+    empty, told = velocity.float().chunk(2)
+    guided: torch.Tensor = empty + guidance[:, None, None, None] * (told - empty)
+    return guided
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """`[n, C, 2 h, 2 w]` to `[n, h w, 4 C]`, as the FLUX pipeline packs."""
+    n, channels, height, width = latents.shape
+    grid = latents.view(n, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return grid.reshape(n, height * width // 4, channels * 4)
+
+
+def unpack(tokens: torch.Tensor, side: int) -> torch.Tensor:
+    """The inverse of `pack` for `side` x `side` tokens."""
+    grid: torch.Tensor = tokens.unflatten(1, (side, side)).unflatten(-1, (-1, 2, 2))
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, 2 * side, 2 * side)
+
+
+def grid_ids(side: int, device: torch.device) -> torch.Tensor:
+    """Positions of image tokens, `[side^2, 3]`: 0, row, column."""
+    axis = torch.arange(side, device=device, dtype=torch.float32)
+    rows, columns = torch.meshgrid(axis, axis, indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1)
+
+
+def assemble_flux(
+    recipe: FluxRecipe, trained: dict[str, nn.Module], vae: AutoencoderKL, mean: float, scale: float
+) -> FluxPipeline:
+    """Put trained parts into the pipeline that users know; the shift depends on the resolution, as in FLUX.1."""
+    vae.register_to_config(shift_factor=mean, scaling_factor=scale)
+    tokenizer = parts.make_tokenizer()
+    base = math.log(recipe.shift)
+    return FluxPipeline(
+        transformer=trained["transformer"],
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=base, max_shift=base + 0.65
+        ),
+        vae=vae.to(memory_format=torch.contiguous_format),
+        text_encoder=trained["text_encoder"],
+        tokenizer=tokenizer,
+        text_encoder_2=trained["text_encoder_2"],
+        tokenizer_2=tokenizer,
+    )
+
+
+def build_flux(
+    recipe: FluxRecipe, out: Path, work: Path, device: torch.device, compiled: bool = False
+) -> None:
+    """All stages, then the pipeline folder with `recipe.json` beside it. The teacher is the bundled SD3 pipeline."""
+    work.mkdir(parents=True, exist_ok=True)
+    vae = parts.train_vae(recipe, work, device)
+    table, mean, scale = parts.encode_table(recipe, vae, work)
+    trained = train_flux(recipe, load_tiny("sd3"), table, work, device, compiled)
+    save_flux(recipe, assemble_flux(recipe, trained, vae, mean, scale).to("cpu"), out)
+
+
+def save_flux(recipe: FluxRecipe, pipe: FluxPipeline, out: Path) -> None:
+    """Write the pipeline folder with `recipe.json` beside it; transformer and VAE in half precision."""
+    for part in (pipe.transformer, pipe.vae):
+        part.half()
+    pipe.save_pretrained(out)
+    document = {"model": "flux"} | asdict(recipe)
+    (out / "recipe.json").write_text(json.dumps(document, indent=1) + "\n")
