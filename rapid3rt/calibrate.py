@@ -395,8 +395,9 @@ def _search(bench: _Bench, evaluations: int) -> tuple[int, list[float]]:
     def try_shift(order: int, ratio: float) -> None:
         scores[order, ratio] = objective(order, _shifted(ratio))
 
-    for order, ratio in itertools.product((AUTO, EULER), (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)):
-        try_shift(order, ratio)
+    for ratio, order in itertools.product((1.0, 0.7, 1.4, 0.5, 2.0, 0.35, 2.8), (AUTO, EULER)):
+        if spent < evaluations:
+            try_shift(order, ratio)
     order, ratio = min(scores, key=lambda key: scores[key])
     for factor in (0.84, 1.19):
         try_shift(order, ratio * factor)
@@ -404,17 +405,16 @@ def _search(bench: _Bench, evaluations: int) -> tuple[int, list[float]]:
     knots, best = _shifted(ratio), scores[order, ratio]
     width = 0.25
     while spent < evaluations and width > 0.02:
-        improved = False
-        for i in range(NUM_KNOTS):
-            for sign in (1, -1):
-                trial = _moved(knots, i, sign * width)
-                score = objective(order, trial)
-                if score < best:
-                    knots, best, improved = trial, score, True
-                    break
-                if spent >= evaluations:
-                    break
-        width *= 1.0 if improved else 0.5
+        moved: set[int] = set()
+        for i, sign in itertools.product(range(NUM_KNOTS), (1, -1)):
+            if i in moved or spent >= evaluations:
+                continue
+            trial = _moved(knots, i, sign * width)
+            score = objective(order, trial)
+            if score < best:
+                knots, best = trial, score
+                moved.add(i)
+        width *= 1.0 if moved else 0.5
         bar.set_postfix(error=f"{math.exp(best):.2e}")
     bar.close()
     return order, knots
@@ -471,7 +471,9 @@ def _plot(table: Mapping[str, Mapping[str, float]], path: Path) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for (name, row), style in zip(table.items(), (":", "--", "-.", (0, (1, 3)), "-"), strict=True):
-        axes.plot([int(k) for k in row], list(row.values()), style, marker="o", label=name)
+        axes.plot(
+            [int(k) for k in row], list(row.values()), linestyle=style, marker="o", label=name
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
     ks = [int(k) for k in next(iter(table.values()))]

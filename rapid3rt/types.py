@@ -95,8 +95,8 @@ class ComputeDecision:
 class StepDecision:
     """After the forward. next_sigma: float32 `[B]`.
 
-    order: int8 `[B]`, 1 Euler (also when None), 2 Adams-Bashforth, 0 (AUTO) whichever of them is stable for the image
-    here (`runtime.solver`).
+    order: int8 `[B]`, 1 Euler (also when None), 2 Adams-Bashforth, 0 (AUTO) as much of order 2 as is stable for the
+    image here (`runtime.solver`).
     """
 
     next_sigma: torch.Tensor

@@ -35,7 +35,7 @@ class TraceTick:
     """What one image did in one tick.
 
     sigma, next_sigma: float32 values. action: COMPUTE, REUSE, ... (a name in JSON). level: sparsity
-    level, 0 dense. order: 1 Euler, 2 Adams-Bashforth. density: fraction of key blocks kept (1
+    level, 0 dense. order: 1 Euler, 2 Adams-Bashforth, 0 auto. density: fraction of key blocks kept (1
     dense, 0 when nothing was computed). cost: in equivalent steps.
     """
 
@@ -60,7 +60,7 @@ class TraceTick:
             action=ACTION_NAMES.index(fields.text("action", ACTION_NAMES)),
             next_sigma=fields.number("next_sigma", 0.0, sigma),
             level=fields.integer("level", 0),
-            order=fields.integer("order", 1, 2),
+            order=fields.integer("order", 0, 2),
             density=fields.number("density", 0.0, 1.0),
             cost=fields.number("cost", 0.0),
         )

@@ -122,7 +122,7 @@ class Images:
         velocity: torch.Tensor,
         computes: torch.Tensor,
         last: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Move every image to its own next sigma.
 
         Parameters
@@ -133,8 +133,7 @@ class Images:
 
         Returns
         -------
-        New latents `[B, ...]` in the velocity's dtype, the sigma each image moved to, float32 `[B]`, and the order
-        taken, int8 `[B]` or None for Euler everywhere.
+        New latents `[B, ...]` in the velocity's dtype, and the sigma each image moved to, float32 `[B]`.
         """
         wanted = decision.next_sigma.to(torch.float32)
         # A NaN is an error at the next plan; until then the image stands still.
@@ -149,9 +148,7 @@ class Images:
         if last:
             target = torch.zeros_like(target)
         target = torch.where(self.done, self.sigma, target)
-        moved, order = self.solver.step(
-            sample, velocity, self.sigma, target, decision.order, computes
-        )
+        moved = self.solver.step(sample, velocity, self.sigma, target, decision.order, computes)
         moved = torch.where(_spread(self.done, moved), sample.to(velocity.dtype), moved)
         hits = target[:, None] == self.sigmas[None, :]
         index = torch.where(hits.any(1), hits.int().argmax(1), -1)
@@ -159,7 +156,7 @@ class Images:
         self.sigma = target
         self.step = self.step + (~self.done).int()
         self.done = self.done | (target <= 0)
-        return moved, target, order
+        return moved, target
 
 
 def _spread(per_image: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -368,11 +368,11 @@ class Session:
         seen = self.adapter.as_grid(velocity, run.resolution)
         answer = run.choice.policy.decide_step(run.state, seen)
         decision = check_step(answer, run.num_images, run.choice.name)
-        latents, target, order = run.images.step_latents(
+        latents, target = run.images.step_latents(
             decision, sample, velocity, run.computes, run.last_tick
         )
         frame = run.frames[-1]
-        frame.next_sigma, frame.order = target, order
+        frame.next_sigma, frame.order = target, decision.order
         now = time.perf_counter()
         frame.ms, run.started = 1000 * (now - run.started), now
         if run.last_tick:

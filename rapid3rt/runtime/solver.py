@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The step from one sigma to the next, each image at its own order (METHOD.md, section 1).
 
-Order 1 is Euler as diffusers has it. Order 2 is Adams-Bashforth on the image's own computed velocities. `AUTO` takes
-order 2 where this image's velocity shows that it is stable there, else Euler: classifier-free guidance makes the flow
+Order 1 is Euler as diffusers has it. Order 2 is Adams-Bashforth on the image's own computed velocities. `AUTO` lies
+between them, nearer to order 2 the more stable it is for this image here: classifier-free guidance makes the flow
 stiff, and beyond its stability limit order 2 does not lose accuracy but explodes (measured on the tiny SD3 at guidance
 7 and 8 evaluations: 32 times the error of Euler).
 """
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 import torch
 
-from rapid3rt.types import ADAMS_BASHFORTH, AUTO, EULER
+from rapid3rt.types import AUTO, EULER
 
 MAX_STEP_RATIO = 8.0
 """Cap of d / (sigma - sigma_p) in the second-order step."""
-STIFFNESS_LIMIT = 1.25
-"""Largest |d| L at which AUTO takes order 2; L is the secant's estimate, which exceeds the true one (limit: 1)."""
-SMOOTH_STIFFNESS_LIMIT = 3.0
-"""The same where the velocity's last two changes point the same way: it does not oscillate."""
+STABLE, UNSTABLE = 0.8, 1.6
+"""|d| L up to which AUTO is order 2, and from which on it is Euler; the secant's L exceeds the true one (limit: 1)."""
+SMOOTH = 3.0
+"""Up to here AUTO is order 2 where the velocity's last two changes point the same way: nothing oscillates."""
 
 
 @dataclass(slots=True)
@@ -53,32 +53,25 @@ class Solver:
         target: torch.Tensor,
         order: torch.Tensor | None,
         computes: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Move every image and remember where it was.
+    ) -> torch.Tensor:
+        """Move every image and remember where it was; latents in the velocity's dtype, `[B, ...]`.
 
         Parameters
         ----------
         x, velocity: `[B, ...]`, latents and guided velocity. sigma, target: float32 `[B]`, from where to where.
         order: int8 `[B]` of AUTO, 1, 2; None is 1 everywhere. computes: bool `[B]`, whose velocity is a fresh one.
-
-        Returns
-        -------
-        Latents in the velocity's dtype, and the orders with AUTO replaced by what it took.
         """
         d = target - sigma
         # The difference is rounded to the velocity's dtype before the product, as diffusers has it.
         moved = (x.float() + _spread(d.to(velocity.dtype), x) * velocity).to(velocity.dtype)
         if order is not None and self.v_last is not None:
-            stable = self._is_stable(x, velocity, d, computes)
-            order = torch.where(
-                order == AUTO, torch.where(stable, ADAMS_BASHFORTH, EULER), order
-            ).to(torch.int8)
-            second, possible = self._second_order(x, velocity, sigma, d, computes)
-            moved = torch.where(_spread(possible & (order > 1), x), second, moved)
-        elif order is not None:
-            order = order.clamp(min=EULER)
+            automatic = order == AUTO
+            weight = torch.where(automatic, self._stability(x, velocity, d, computes), 1.0)
+            second, possible = self._second_order(x, velocity, sigma, d, weight, computes)
+            chosen = possible & (automatic | (order > EULER)) & (weight > 0)
+            moved = torch.where(_spread(chosen, x), second, moved)
         self._remember(x, velocity, sigma, computes)
-        return moved, order
+        return moved
 
     def _second_order(
         self,
@@ -86,9 +79,13 @@ class Solver:
         velocity: torch.Tensor,
         sigma: torch.Tensor,
         d: torch.Tensor,
+        weight: torch.Tensor,
         computes: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The step, `[B, ...]`, and for which images there is enough past, bool `[B]`."""
+        """The step, `[B, ...]`, and for which images there is enough past, bool `[B]`.
+
+        weight: float32 `[B]`, how much of the slope is taken: 0 Euler, 1 Adams-Bashforth.
+        """
         assert self.v_last is not None
         assert self.v_before is not None
         v = velocity.float()
@@ -103,13 +100,13 @@ class Solver:
         fresh = _spread(computes, v)
         newest = torch.where(fresh, v, self.v_last.float())
         older = torch.where(fresh, self.v_last.float(), self.v_before.float())
-        mean = newest + _spread(slope_length, x) * (newest - older)
+        mean = newest + _spread(weight * slope_length, x) * (newest - older)
         return (x.float() + _spread(d, x) * mean).to(velocity.dtype), possible
 
-    def _is_stable(
+    def _stability(
         self, x: torch.Tensor, velocity: torch.Tensor, d: torch.Tensor, computes: torch.Tensor
     ) -> torch.Tensor:
-        """Whether order 2 is stable over the step d, bool `[B]`.
+        """How much of order 2 is safe over the step d, float32 `[B]` in 0..1; 0 for reused velocities.
 
         The secant of the last two computes estimates the Lipschitz constant of the flow along its own path as
         L = <dv, dv> / <dv, dx> (the second step length of Barzilai and Borwein, inverted); where it is negative the
@@ -122,9 +119,11 @@ class Solver:
         dv, dx = velocity.float() - self.v_last.float(), x.float() - self.x_last.float()
         dv_before = self.v_last.float() - self.v_before.float()
         reach, slope = d.abs() * _dot(dv, dv), _dot(dv, dx)
-        smooth = (self.computed > 1) & (_dot(dv, dv_before) > 0)
-        limit = torch.where(smooth, SMOOTH_STIFFNESS_LIMIT, STIFFNESS_LIMIT)
-        return computes & (self.computed > 0) & ((reach < limit * slope) | (slope < 0))
+        # No division where the slope vanishes: the constant is then beyond every limit.
+        stiffness = torch.where(slope == 0, UNSTABLE, reach / slope.where(slope != 0, 1.0))
+        weight = ((UNSTABLE - stiffness) / (UNSTABLE - STABLE)).clamp(0, 1)
+        smooth = (self.computed > 1) & (_dot(dv, dv_before) > 0) & (stiffness < SMOOTH)
+        return torch.where(computes, torch.where(smooth, 1.0, weight), 0.0)
 
     def _remember(
         self, x: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor, computes: torch.Tensor

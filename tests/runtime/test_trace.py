@@ -139,7 +139,7 @@ def broken(path, value):
         ),
         (["images", 0, "ticks", 0, "next_sigma"], 1.5, r"next_sigma must be in 0\.\.1, got 1.5"),
         (["images", 0, "ticks", 0, "action"], "nap", "action must be one of compute, reuse"),
-        (["images", 0, "ticks", 0, "order"], 3, r"order must be an integer in 1\.\.2, got 3"),
+        (["images", 0, "ticks", 0, "order"], 3, r"order must be an integer in 0\.\.2, got 3"),
         (["images", 0, "ticks", 0, "density"], 1.1, r"density must be in 0\.\.1, got 1.1"),
         (["images", 0, "ticks", 0, "cost"], True, "cost must be a number, got True"),
         (["costs", "measured"], 1, r"costs\.measured must be true or false, got 1"),
