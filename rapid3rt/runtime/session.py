@@ -134,8 +134,8 @@ class Session:
         if grid.stay_on_grid and (leaves_grid or regrids):
             raise UnsupportedError(
                 f"policy {choice.name!r} moves images off the pipeline's grid, but this call counts something in steps "
-                "(skip-layer guidance or a pipeline callback); use a policy that stays on it, such as 'dense' or "
-                "'threshold:0.1' (a policy object says so with leaves_grid = False)"
+                "(skip-layer guidance, a ControlNet window or a pipeline callback); use a policy that stays on it, "
+                "such as 'dense' or 'threshold:0.1' (a policy object says so with leaves_grid = False)"
             )
         self._state = _RunState(choice=choice, grid=grid)
 

@@ -116,12 +116,23 @@ def _shift(scheduler: Any, mu: float | None) -> float:
 
 
 def _counts_in_ticks(frame: FrameType) -> bool:
-    """Whether something in this call counts loop iterations: skip-layer guidance, or a cutoff callback."""
+    """Whether something counts loop iterations: skip-layer guidance, a ControlNet window, or a cutoff callback."""
     arguments = frame.f_locals
     callback = arguments.get("callback_on_step_end")
-    return bool(arguments.get("skip_guidance_layers")) or isinstance(
-        callback, PipelineCallback | MultiPipelineCallbacks
+    starts, ends = (arguments.get(f"control_guidance_{side}") for side in ("start", "end"))
+    return (
+        bool(arguments.get("skip_guidance_layers"))
+        or isinstance(callback, PipelineCallback | MultiPipelineCallbacks)
+        or any(start > 0 for start in _as_list(starts))
+        or any(end < 1 for end in _as_list(ends))
     )
+
+
+def _as_list(value: Any) -> list[Any]:
+    """One number for all nets, or one for each; none where the pipeline has no such argument."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def set_begin_index(self: Any, begin_index: int = 0) -> None:
