@@ -23,7 +23,11 @@ from rapid3rt.policies.schedule import ScheduleFamily
 from rapid3rt.runtime.executor import Executor
 from rapid3rt.runtime.report import Report
 from rapid3rt.runtime.session import Choice, Session
-from rapid3rt.runtime.twins import make_scheduler_twin, make_transformer_twin
+from rapid3rt.runtime.twins import (
+    make_controlnet_twin,
+    make_scheduler_twin,
+    make_transformer_twin,
+)
 from rapid3rt.runtime.twins.base import real_class, session_of
 from rapid3rt.runtime.twins.scheduler import check_scheduler
 from rapid3rt.runtime.twins.transformer import refuse_compiled
@@ -31,7 +35,7 @@ from rapid3rt.types import AUTO, ActionCosts, Policy
 
 BUNDLED_POLICIES = Path(__file__).parent / "tiny" / "assets"
 DEFAULT_SPEED = 2.5
-_SWAPPED = ("transformer", "scheduler")
+_SWAPPED = ("transformer", "scheduler", "controlnet")
 
 
 def accelerate(
@@ -45,7 +49,8 @@ def accelerate(
 ) -> Any:
     """Let a policy decide, for every image of every batch of this pipeline, what to compute.
 
-    Swaps the transformer and the scheduler of this pipeline object for twins; the call of the pipeline does not change.
+    Swaps the transformer, the scheduler and, where there is one, the ControlNet of this pipeline object for twins; the
+    call of the pipeline does not change.
 
     Parameters
     ----------
@@ -69,6 +74,7 @@ def accelerate(
     """
     _refuse_twins(pipe)
     adapter = _find_adapter(pipe)
+    controlnet = _find_controlnet(pipe, adapter)
     check_scheduler(pipe.scheduler)
     refuse_compiled(pipe.transformer)
     if attention not in ("exact", "fast"):
@@ -86,15 +92,17 @@ def accelerate(
     choose = partial(_choose, source, budget, speed)
     session = Session(pipe, adapter, executor, choose, source.costs, model)
     real_transformer, real_scheduler = pipe.transformer, pipe.scheduler
-    session.real = (real_transformer, real_scheduler)
+    session.real = (real_transformer, real_scheduler, controlnet)
     session.scheduler = make_scheduler_twin(real_scheduler, session)
     pipe.transformer = make_transformer_twin(real_transformer, session)
     pipe.scheduler = session.scheduler
+    if controlnet is not None:
+        pipe.controlnet = make_controlnet_twin(controlnet, session)
     return pipe
 
 
 def restore(pipe: Any) -> Any:
-    """Put the pipeline's own transformer and scheduler back; what was exchanged meanwhile stays.
+    """Put the pipeline's own transformer, scheduler and ControlNet back; what was exchanged meanwhile stays.
 
     A pipeline that was made from an accelerated one gets the real ones too; the other stays accelerated. Raises
     StateError if there is nothing to restore.
@@ -129,15 +137,19 @@ class Check:
 
 def check(pipe: Any) -> Check:
     """Say in plain words what acceleration can do for this pipeline, without changing it."""
-    lines, supported = [], True
+    lines, supported, part = [], True, "transformer"
     try:
         adapter = _find_adapter(pipe)
         lines.append(
             f"transformer: {type(pipe.transformer).__name__} ({adapter.family}), supported"
         )
+        part = "controlnet"
+        if (controlnet := _find_controlnet(pipe, adapter)) is not None:
+            name = type(controlnet).__name__
+            lines.append(f"controlnet: {name}, runs for images that compute, at their own sigma")
     except UnsupportedError as error:
         supported = False
-        lines.append(f"transformer: not supported: {error}")
+        lines.append(f"{part}: not supported: {error}")
     try:
         check_scheduler(getattr(pipe, "scheduler", None))
         lines.append(
@@ -303,11 +315,18 @@ def _find_adapter(pipe: Any) -> Adapter:
             f"transformer must be of a supported family ({families}), got {type(transformer).__name__} "
             f"in {type(pipe).__name__}"
         )
-    if getattr(pipe, "controlnet", None) is not None:
-        raise UnsupportedError(
-            f"{type(pipe).__name__} has a ControlNet, which is not supported yet"
-        )
     return adapter
+
+
+def _find_controlnet(pipe: Any, adapter: Adapter) -> Any:
+    """The pipeline's ControlNet, None where it has none."""
+    controlnet, classes = getattr(pipe, "controlnet", None), adapter.controlnet.classes
+    if controlnet is not None and not isinstance(controlnet, classes):
+        names = ", ".join(c.__name__ for c in classes)
+        raise UnsupportedError(
+            f"controlnet must be one of {names}, got {type(controlnet).__name__}"
+        )
+    return controlnet
 
 
 def _folder(policy: str) -> Path | None:

@@ -32,19 +32,32 @@ class SparseRows:
     backend: str | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlNetLayout:
+    """How the pipelines of a family call a ControlNet.
+
+    classes: what `pipe.controlnet` may be, Multi classes included. outputs: the transformer's arguments that take what
+    it returns, in its order. rows: its arguments that hold one entry per row. per_net: those of them of which a Multi
+    takes one per net.
+    """
+
+    classes: tuple[type, ...]
+    outputs: tuple[str, ...]
+    rows: tuple[str, ...]
+    per_net: tuple[str, ...]
+
+
 class Adapter(Protocol):
     """One transformer family: where its tensors live, and its loop over blocks."""
 
     family: str
+    controlnet: ControlNetLayout
 
     def supports(self, transformer: Any) -> bool:
         """Whether this adapter serves the class of a transformer."""
 
     def branches(self, pipe: Any, call: int, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
         """Guidance branches of the call-th transformer call of a tick. UnsupportedError: an unknown layout."""
-
-    def refuse(self, kwargs: Mapping[str, Any]) -> None:
-        """Raise UnsupportedError for arguments that this version cannot serve."""
 
     def resolution(self, transformer: Any, kwargs: Mapping[str, Any]) -> tuple[int, int]:
         """Noise tokens as (rows, columns). Asked once a run; may read the device."""
@@ -60,6 +73,9 @@ class Adapter(Protocol):
     def image_attention_share(self, transformer: Any, kwargs: Mapping[str, Any]) -> float:
         """FLOPs of image queries over image keys, as a share of the block stack's, 0 to 1."""
 
+    def model_time(self, kwargs: Mapping[str, Any], timestep: torch.Tensor) -> torch.Tensor:
+        """Times `[R]` as the pipeline passes them to its models. timestep: float32 `[R]` in the scheduler's units."""
+
     def embed(
         self,
         transformer: Any,
@@ -73,7 +89,10 @@ class Adapter(Protocol):
         self, transformer: Any, kwargs: Mapping[str, Any], embedded: Embedded, rows: torch.Tensor | None,
         timestep: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
-        """The block stack on rows that `embedded` holds: `[A, I, D]`."""
+        """The block stack on rows that `embedded` holds: `[A, I, D]`.
+
+        The arguments of `controlnet.outputs` are tensors of these rows, in their order, or None.
+        """
 
     def finish(
         self, transformer: Any, kwargs: Mapping[str, Any], hidden: torch.Tensor, temb: torch.Tensor

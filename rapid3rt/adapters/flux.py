@@ -14,13 +14,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxControlNetModel, FluxMultiControlNetModel, FluxTransformer2DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 
 from rapid3rt.adapters.attention import NOT_STOCK, SparseProcessor, attend, exchanged_processors
-from rapid3rt.adapters.base import Embedded, SparseRows, take, take_nested
+from rapid3rt.adapters.base import ControlNetLayout, Embedded, SparseRows, take, take_nested
 from rapid3rt.errors import UnsupportedError
 
 
@@ -28,6 +28,16 @@ class FluxAdapter:
     """Adapter of `FluxTransformer2DModel`."""
 
     family = "flux"
+    # img_ids and txt_ids are positions, the same for every row, whatever their first size happens to be.
+    controlnet = ControlNetLayout(
+        classes=(FluxControlNetModel, FluxMultiControlNetModel),
+        outputs=("controlnet_block_samples", "controlnet_single_block_samples"),
+        rows=(
+            *("hidden_states", "encoder_hidden_states", "pooled_projections", "guidance"),
+            *("controlnet_cond", "controlnet_mode"),
+        ),
+        per_net=("controlnet_cond", "controlnet_mode"),
+    )
 
     def supports(self, transformer: Any) -> bool:
         """Whether the transformer is a FLUX.1 one."""
@@ -41,14 +51,6 @@ class FluxAdapter:
                 "use rapid3rt.restore(pipe) for this pipeline"
             )
         return ("uncond",) if call else ("cond",)
-
-    def refuse(self, kwargs: Mapping[str, Any]) -> None:
-        """ControlNet residuals belong to the pipeline's timestep, not to each image's own."""
-        names = ("controlnet_block_samples", "controlnet_single_block_samples")
-        if any(kwargs.get(name) is not None for name in names):
-            raise UnsupportedError(
-                "ControlNet is not supported yet: call rapid3rt.restore(pipe) first"
-            )
 
     def resolution(self, transformer: Any, kwargs: Mapping[str, Any]) -> tuple[int, int]:
         """From the position ids of the noise tokens: one host read, at the beginning of a run."""
@@ -83,6 +85,11 @@ class FluxAdapter:
         tokens, width = image + text, transformer.inner_dim
         return float(4 * width * image**2 / (4 * width * tokens**2 + 24 * width**2 * tokens))
 
+    def model_time(self, kwargs: Mapping[str, Any], timestep: torch.Tensor) -> torch.Tensor:
+        """The pipeline casts the scheduler's timestep to the latents' dtype, then divides."""
+        dtype: torch.dtype = kwargs["timestep"].dtype
+        return timestep.to(dtype) / 1000
+
     def embed(
         self,
         transformer: Any,
@@ -92,8 +99,7 @@ class FluxAdapter:
     ) -> Embedded:
         """Linear embedding of packed latents; modulation embedding from time, pooled text and, on dev, guidance."""
         image = transformer.x_embedder(take(kwargs["hidden_states"], rows))
-        # The pipeline casts the scheduler's timestep to the latents' dtype, then divides; the model multiplies back.
-        time = (timestep.to(kwargs["timestep"].dtype) / 1000).to(image.dtype) * 1000
+        time = self.model_time(kwargs, timestep).to(image.dtype) * 1000  # the model multiplies back
         conditions = [take(kwargs["pooled_projections"], rows)]
         if kwargs.get("guidance") is not None:
             conditions.insert(0, take(kwargs["guidance"], rows).to(image.dtype) * 1000)
@@ -113,14 +119,23 @@ class FluxAdapter:
             embeds = take_nested(attention_kwargs.pop("ip_adapter_image_embeds"), rows)
             attention_kwargs["ip_hidden_states"] = transformer.encoder_hid_proj(embeds)
         positions = transformer.pos_embed(ids)
-        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
-            text, image = block(
-                hidden_states=image,
-                encoder_hidden_states=text,
-                temb=embedded.temb,
-                image_rotary_emb=positions,
-                joint_attention_kwargs=attention_kwargs,
-            )
+        double, single = (kwargs.get(name) for name in self.controlnet.outputs)
+        repeats = kwargs.get("controlnet_blocks_repeat", False)
+        for blocks, control, cycle in (
+            (transformer.transformer_blocks, double, repeats),
+            (transformer.single_transformer_blocks, single, False),
+        ):
+            for i, block in enumerate(blocks):
+                text, image = block(
+                    hidden_states=image,
+                    encoder_hidden_states=text,
+                    temb=embedded.temb,
+                    image_rotary_emb=positions,
+                    joint_attention_kwargs=attention_kwargs,
+                )
+                if control is not None:
+                    num = len(control)
+                    image = image + control[i % num if cycle else i // -(-len(blocks) // num)]
         return image
 
     def finish(

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import SD3Transformer2DModel
+from diffusers import SD3ControlNetModel, SD3MultiControlNetModel, SD3Transformer2DModel
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 
 from rapid3rt.adapters.attention import NOT_STOCK, SparseProcessor, attend, exchanged_processors
-from rapid3rt.adapters.base import Embedded, SparseRows, take, take_nested
+from rapid3rt.adapters.base import ControlNetLayout, Embedded, SparseRows, take, take_nested
 from rapid3rt.errors import UnsupportedError
 
 
@@ -24,6 +24,12 @@ class SD3Adapter:
     """Adapter of `SD3Transformer2DModel`."""
 
     family = "sd3"
+    controlnet = ControlNetLayout(
+        classes=(SD3ControlNetModel, SD3MultiControlNetModel),
+        outputs=("block_controlnet_hidden_states",),
+        rows=("hidden_states", "encoder_hidden_states", "pooled_projections", "controlnet_cond"),
+        per_net=("controlnet_cond",),
+    )
 
     def supports(self, transformer: Any) -> bool:
         """Whether the transformer is an SD3 one."""
@@ -40,13 +46,6 @@ class SD3Adapter:
             f"transformer call {call} of a tick (skip_layers={skip_layers}) has a guidance layout that is not known; "
             "use rapid3rt.restore(pipe) for this pipeline"
         )
-
-    def refuse(self, kwargs: Mapping[str, Any]) -> None:
-        """ControlNet residuals belong to the pipeline's timestep, not to each image's own."""
-        if kwargs.get("block_controlnet_hidden_states") is not None:
-            raise UnsupportedError(
-                "ControlNet is not supported yet: call rapid3rt.restore(pipe) first"
-            )
 
     def resolution(self, transformer: Any, kwargs: Mapping[str, Any]) -> tuple[int, int]:
         """Latent size over patch size."""
@@ -76,6 +75,10 @@ class SD3Adapter:
         text_pairs = 4 * width * ((image + text) ** 2 - image**2) * layers
         return float(pairs / (pairs + linears + text_pairs))
 
+    def model_time(self, kwargs: Mapping[str, Any], timestep: torch.Tensor) -> torch.Tensor:
+        """The scheduler's units, as they are."""
+        return timestep
+
     def embed(
         self,
         transformer: Any,
@@ -97,7 +100,7 @@ class SD3Adapter:
         self, transformer: Any, kwargs: Mapping[str, Any], embedded: Embedded, rows: torch.Tensor | None,
         timestep: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
-        """All joint blocks but those of `skip_layers`."""
+        """All joint blocks but those of `skip_layers`, which take their ControlNet residual all the same."""
         image, text = (
             embedded.image,
             transformer.context_embedder(take(kwargs["encoder_hidden_states"], rows)),
@@ -109,6 +112,7 @@ class SD3Adapter:
             tokens, ip_temb = transformer.image_proj(take_nested(embeds, rows), timestep)
             attention_kwargs |= {"ip_hidden_states": tokens, "temb": ip_temb}
         skip_layers = kwargs.get("skip_layers") or ()
+        control = kwargs.get("block_controlnet_hidden_states")
         for i, block in enumerate(transformer.transformer_blocks):
             if i not in skip_layers:
                 text, image = block(
@@ -117,6 +121,9 @@ class SD3Adapter:
                     temb=embedded.temb,
                     joint_attention_kwargs=attention_kwargs,
                 )
+            if control is not None and not block.context_pre_only:
+                interval = len(transformer.transformer_blocks) / len(control)
+                image = image + control[int(i / interval)]
         return image
 
     def finish(

@@ -15,7 +15,9 @@ import torch
 from rapid3rt import ops
 from rapid3rt.adapters.base import Adapter, Embedded, SparseRows
 from rapid3rt.cache import ResidualCache
+from rapid3rt.errors import UnsupportedError
 from rapid3rt.planning.planner import RowPlan
+from rapid3rt.runtime.deferred import deferred_call
 
 
 class Executor:
@@ -64,7 +66,8 @@ class Executor:
                 image=embedded.image[:num_compute], temb=embedded.temb[:num_compute]
             )
             taken = None if whole else rows[:num_compute]
-            out = self._blocks(transformer, kwargs, computed, taken, timestep, plan, block)
+            given = self._with_controlnet(kwargs, timestep, plan, images)
+            out = self._blocks(transformer, given, computed, taken, timestep, plan, block)
             self._store(plan, branches, images, cache, out, computed.image)
             parts.append(out)
         if plan.reuse:
@@ -76,6 +79,25 @@ class Executor:
         full = velocity.new_zeros(plan.total, *velocity.shape[1:])
         ops.scatter_rows(full, velocity, plan.rows, backend=self.backend)
         return full
+
+    def _with_controlnet(
+        self, kwargs: Mapping[str, Any], timestep: torch.Tensor, plan: RowPlan, images: int
+    ) -> Mapping[str, Any]:
+        """The call's arguments, with what the pipeline's ControlNet gives for the rows that compute."""
+        names = self.adapter.controlnet.outputs
+        call = deferred_call(kwargs, names)
+        if call is None:
+            return kwargs
+        if call.num_rows not in (images, plan.total):
+            raise UnsupportedError(
+                f"hidden_states of the ControlNet must have {images} or {plan.total} rows, got {call.num_rows}"
+            )
+        # One row per image: the branches share it (FLUX true CFG); their rows repeat the images in order.
+        rows = [row % call.num_rows for row in plan.compute]
+        time = self.adapter.model_time(kwargs, timestep[: call.num_rows])
+        samples = call.samples(rows, time)
+        handles = {name: kwargs[name] for name in names if kwargs[name] is not None}
+        return {**kwargs, **{name: samples[h.which] for name, h in handles.items()}}
 
     def _blocks(
         self,

@@ -21,6 +21,7 @@ from rapid3rt.errors import StateError, UnsupportedError
 from rapid3rt.planning import planner, sparsity
 from rapid3rt.planning.costs import with_estimates
 from rapid3rt.runtime.answers import check_compute, check_step
+from rapid3rt.runtime.deferred import Deferred, DeferredCall, deferred_call
 from rapid3rt.runtime.executor import Executor
 from rapid3rt.runtime.frames import pipeline_call
 from rapid3rt.runtime.images import Images
@@ -29,7 +30,7 @@ from rapid3rt.runtime.trace import Trace, TraceTick
 from rapid3rt.types import COMPUTE, REUSE, ActionCosts, ComputeDecision, Policy, Run
 
 _FOREIGN_CALL = (
-    "the transformer of an accelerated pipeline must be called by that pipeline's own loop, after its own scheduler's "
+    "the {} of an accelerated pipeline must be called by that pipeline's own loop, after its own scheduler's "
     "set_timesteps; where a component was exchanged: restore, then accelerate again"
 )
 
@@ -121,7 +122,7 @@ class Session:
     ) -> None:
         self.pipe, self.adapter, self.executor = pipe, adapter, executor
         self.choose, self.costs, self.model = choose, costs, model
-        self.real: tuple[Any, Any] = (None, None)
+        self.real: tuple[Any, ...] = ()
         self.scheduler: Any = None
         self._state: _RunState | None = None
 
@@ -150,14 +151,18 @@ class Session:
 
     # The forward half of a tick ------------------------------------------------------------------------------------
 
+    def defer(self, net: Any, arguments: dict[str, Any]) -> tuple[Deferred, ...]:
+        """A ControlNet call, which the pipeline makes before the transformer's: kept until rows are planned."""
+        self._require_run("ControlNet", is_called=True)
+        return DeferredCall(net, arguments, self.adapter.controlnet).handles()
+
     def forward(self, transformer: Any, kwargs: Mapping[str, Any]) -> torch.Tensor:
         """One transformer call: velocity of all rows, `[R, C, h, w]`."""
-        run = self._require_run()
-        if pipeline_call(self.pipe) is None:
-            raise StateError(_FOREIGN_CALL)
+        run = self._require_run(is_called=True)
         call, run.calls = run.calls, run.calls + 1
         branches = self.adapter.branches(self.pipe, call, kwargs)
-        self.adapter.refuse(kwargs)
+        # Tensors of another ControlNet are refused before anything is computed.
+        deferred_call(kwargs, self.adapter.controlnet.outputs)
         hidden: torch.Tensor = kwargs["hidden_states"]
         if run.images is None:
             self._start_images(run, transformer, kwargs, len(hidden), branches)
@@ -392,10 +397,13 @@ class Session:
             None if self._state is None or self._state.images is None else self._state.images.sigma
         )
 
-    def _require_run(self) -> _RunState:
+    def _require_run(self, what: str = "transformer", is_called: bool = False) -> _RunState:
+        """The run that goes on. is_called: where the pipeline's own call must be the innermost one too."""
         own = self.pipe is not None and self.pipe.scheduler is self.scheduler
+        if is_called:
+            own = own and pipeline_call(self.pipe) is not None
         if self._state is None or self._state.ended or not own:
-            raise StateError(_FOREIGN_CALL)
+            raise StateError(_FOREIGN_CALL.format(what))
         return self._state
 
     def close(self) -> None:
