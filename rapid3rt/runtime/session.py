@@ -78,6 +78,7 @@ class _RunState:
     choice: Choice
     grid: Grid
     begin: int = 0
+    start: int = 0
     images: Images | None = None
     num_images: int = 0
     cache: ResidualCache | None = None
@@ -144,10 +145,23 @@ class Session:
         """Forget the run before, whether it ended or not."""
         self._state = None
 
-    def set_begin_index(self, index: int) -> None:
-        """The pipeline starts at this grid index (img2img)."""
+    @property
+    def regrid_steps(self) -> int | None:
+        """Steps of the images' grid where the policy sets another number than the pipeline's; else None."""
+        grid = None if self._state is None else self._state.grid
+        return None if grid is None or grid.grid_steps == grid.ticks else grid.grid_steps
+
+    def set_begin_index(self, index: int, start: int) -> None:
+        """The pipeline starts at this tick of its list, images at `start` of their grid (img2img)."""
         if self._state is not None:
-            self._state.begin = index
+            self._state.begin, self._state.start = index, start
+
+    @property
+    def begin_sigma(self) -> torch.Tensor | None:
+        """The sigma at which images start, `[1]`, where their grid is not the pipeline's; else None."""
+        if self._state is None or self.regrid_steps is None:
+            return None
+        return self._state.grid.sigmas[self._state.start : self._state.start + 1]
 
     # The forward half of a tick ------------------------------------------------------------------------------------
 
@@ -224,7 +238,7 @@ class Session:
         run.resolution = self.adapter.resolution(transformer, kwargs)
         latents = self.adapter.observe(transformer, kwargs, run.num_images, run.resolution)
         run.block = sparsity.block_size(math.prod(run.resolution), latents.device.type)
-        run.images = Images.start(run.grid.sigmas, run.grid.timesteps, latents, run.begin)
+        run.images = Images.start(run.grid.sigmas, run.grid.timesteps, latents, run.start)
         run.cache = ResidualCache(run.num_images, self.executor.backend, keep=run.choice.reuses)
         run.costs = with_estimates(
             self.costs,
@@ -234,7 +248,7 @@ class Session:
         run.run = Run(
             images=run.num_images,
             ticks=run.grid.ticks - run.begin,
-            sigmas=tuple(run.grid.sigmas[run.begin :].tolist()),
+            sigmas=tuple(run.grid.sigmas[run.start :].tolist()),
             budget=run.choice.budget,
             family=self.adapter.family,
             resolution=run.resolution,

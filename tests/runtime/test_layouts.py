@@ -24,26 +24,26 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_pipeline(layout: str, dtype: torch.dtype, **scheduler: Any) -> Any:
-    """A pipeline without text encoders: four latent channels, three blocks of width 32."""
+def make_pipeline(layout: str, dtype: torch.dtype, channels: int = 4, **scheduler: Any) -> Any:
+    """A pipeline without text encoders: three blocks of width 32. channels: of the latents."""
     torch.manual_seed(0)
     transformer = SD3Transformer2DModel(
         sample_size=16,
         patch_size=1,
-        in_channels=4,
+        in_channels=channels,
         num_layers=3,
         attention_head_dim=16,
         num_attention_heads=2,
         caption_projection_dim=32,
         joint_attention_dim=32,
         pooled_projection_dim=64,
-        out_channels=4,
+        out_channels=channels,
         **LAYOUTS[layout],
     )
     vae = AutoencoderKL(
         block_out_channels=(4,),
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=channels,
         norm_num_groups=1,
         use_quant_conv=False,
         use_post_quant_conv=False,

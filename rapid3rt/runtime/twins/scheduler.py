@@ -136,9 +136,26 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def set_begin_index(self: Any, begin_index: int = 0) -> None:
-    """Remember where on the grid the pipeline starts."""
+    """Remember where the pipeline starts, on its own grid and on the images' grid of another length."""
     self._begin_index = begin_index
-    type(self)._rapid3rt_session.set_begin_index(begin_index)
+    session: Session = type(self)._rapid3rt_session
+    steps = session.regrid_steps
+    session.set_begin_index(
+        begin_index, begin_index if steps is None else _begin_at(session, steps, begin_index)
+    )
+
+
+def _begin_at(session: Session, steps: int, begin_index: int) -> int:
+    """Where the plain pipeline of so many steps would start: the pipelines' own arithmetic with their strength."""
+    frame = pipeline_call(session.pipe)
+    strength = None if frame is None else frame.f_locals.get("strength")
+    if strength is None:
+        if begin_index:
+            raise UnsupportedError(
+                f"a pipeline that starts at step {begin_index} without a strength cannot follow a grid of {steps} steps"
+            )
+        return 0
+    return int(max(steps - min(steps * strength, steps), 0))
 
 
 def scale_noise(
@@ -151,6 +168,8 @@ def scale_noise(
     session: Session = type(self)._rapid3rt_session
     sigma = session.sigma_now()
     if sigma is None or self._step_index is None:
+        sigma = session.begin_sigma
+    if sigma is None:
         real: Any = real_class(self)
         noised: torch.Tensor = real.scale_noise(self, sample, timestep, noise)
         return noised
