@@ -17,7 +17,7 @@ from tqdm import tqdm
 import rapid3rt
 from rapid3rt.tiny.scenes import sample
 
-PLAIN, REFERENCE, BATCH = 28, 120, 16
+PLAIN, REFERENCE, BATCH = 28, 80, 16
 Way = Callable[[], AbstractContextManager[Any]]
 
 
