@@ -27,7 +27,7 @@ def test_the_demo_shows_four_ways_and_writes_pictures_and_a_trace(tmp_path: Path
     assert result.exit_code == 0, result.output
     assert max(map(len, result.output.splitlines())) <= 80
     assert "\u2026" not in result.output
-    for words in ("plain, 28 steps", "UniPC", "rapid3rt", "total speed-up"):
+    for words in ("plain, 28 steps", "DPM++ 2M", "rapid3rt", "total speed-up"):
         assert words in result.output
     assert picture_size(tmp_path / "comparison.png")[0] > 1000
     assert picture_size(tmp_path / "timeline.png")[0] > 400
