@@ -523,7 +523,7 @@ BROKEN_TRACE = {
     ),
     "order 3": (
         put("images.0.ticks.1.order", 3),
-        r"images\[0\]\.ticks\[1\]\.order must be an integer in 1\.\.2, got 3",
+        r"images\[0\]\.ticks\[1\]\.order must be an integer in 0\.\.2, got 3",
     ),
     "rising sigmas": (put("sigmas", [0.5, 1.0, 0.0]), r"sigmas must fall strictly and end at 0"),
     "an end above 0": (
