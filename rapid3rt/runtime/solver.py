@@ -17,10 +17,11 @@ from rapid3rt.types import AUTO, EULER
 
 MAX_STEP_RATIO = 8.0
 """Cap of d / (sigma - sigma_p) in the second-order step."""
-STABLE, UNSTABLE = 0.8, 1.6
-"""|d| L up to which AUTO is order 2, and from which on it is Euler; the secant's L exceeds the true one (limit: 1)."""
-SMOOTH = 3.0
-"""Up to here AUTO is order 2 where the velocity's last two changes point the same way: nothing oscillates."""
+LIMIT, CALM_LIMIT = 2.0, 3.0
+"""What AUTO keeps |d| L (1 + weight r) below: the bound of the test equation, and where nothing oscillates.
+
+The secant's L exceeds the true one, so a flow whose velocity changed in the same direction twice is given more.
+"""
 
 
 @dataclass(slots=True)
@@ -66,7 +67,7 @@ class Solver:
         moved = (x.float() + _spread(d.to(velocity.dtype), x) * velocity).to(velocity.dtype)
         if order is not None and self.v_last is not None:
             automatic = order == AUTO
-            weight = torch.where(automatic, self._stability(x, velocity, d, computes), 1.0)
+            weight = torch.where(automatic, self._stability(x, velocity, sigma, d, computes), 1.0)
             second, possible = self._second_order(x, velocity, sigma, d, weight, computes)
             chosen = possible & (automatic | (order > EULER)) & (weight > 0)
             moved = torch.where(_spread(chosen, x), second, moved)
@@ -104,26 +105,34 @@ class Solver:
         return (x.float() + _spread(d, x) * mean).to(velocity.dtype), possible
 
     def _stability(
-        self, x: torch.Tensor, velocity: torch.Tensor, d: torch.Tensor, computes: torch.Tensor
+        self,
+        x: torch.Tensor,
+        velocity: torch.Tensor,
+        sigma: torch.Tensor,
+        d: torch.Tensor,
+        computes: torch.Tensor,
     ) -> torch.Tensor:
-        """How much of order 2 is safe over the step d, float32 `[B]` in 0..1; 0 for reused velocities.
+        """How much of order 2 is stable over the step d, float32 `[B]` in 0..1; 0 for reused velocities.
 
-        The secant of the last two computes estimates the Lipschitz constant of the flow along its own path as
-        L = <dv, dv> / <dv, dx> (the second step length of Barzilai and Borwein, inverted); where it is negative the
-        change is the solution's own and nothing decays. Adams-Bashforth of order 2 is stable for |d| L below 1, Euler
-        below 2.
+        On x' = L x, L > 0 (sigma falls), the step with a weight w of the slope has the characteristic equation
+        q^2 - (1 - z (1 + w r / 2)) q - w z r / 2 = 0 with z = |d| L and r = d / (step before). It leaves the unit
+        circle at q = -1, where z (1 + w r) = 2; so w = (2 / z - 1) / r: order 2 for small steps, Euler from z = 2 on.
+        The secant of the last two computes estimates L along the image's own path as <dv, dv> / <dv, dx> (the second
+        step length of Barzilai and Borwein, inverted); where it is negative nothing decays and nothing is limited.
         """
         assert self.v_last is not None
         assert self.v_before is not None
         assert self.x_last is not None
         dv, dx = velocity.float() - self.v_last.float(), x.float() - self.x_last.float()
         dv_before = self.v_last.float() - self.v_before.float()
+        calm = (self.computed > 1) & (_dot(dv, dv_before) > 0)
+        limit = torch.where(calm, CALM_LIMIT, LIMIT)
         reach, slope = d.abs() * _dot(dv, dv), _dot(dv, dx)
-        # No division where the slope vanishes: the constant is then beyond every limit.
-        stiffness = torch.where(slope == 0, UNSTABLE, reach / slope.where(slope != 0, 1.0))
-        weight = ((UNSTABLE - stiffness) / (UNSTABLE - STABLE)).clamp(0, 1)
-        smooth = (self.computed > 1) & (_dot(dv, dv_before) > 0) & (stiffness < SMOOTH)
-        return torch.where(computes, torch.where(smooth, 1.0, weight), 0.0)
+        ratio = d / (sigma - self.sigma_last)
+        # z = reach / slope, written so that nothing that may vanish divides.
+        weight = ((limit * slope - reach) / (ratio * reach)).clamp(0, 1)
+        weight = torch.where((slope < 0) | (reach == 0), 1.0, weight)
+        return torch.where(computes, weight, 0.0)
 
     def _remember(
         self, x: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor, computes: torch.Tensor
