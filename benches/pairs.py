@@ -64,7 +64,7 @@ class Pairs:
         self.pipe, self.seed, self.cache = pipe, seed, cache
         self.call = {"guidance_scale": guidance, "max_sequence_length": tokens}
         self.scenes = sample(count, seed, split)
-        self.nfe: dict[str, float] = {}
+        self.nfe: dict[str, np.ndarray] = {}
         if cache is not None:
             self.cache = cache / f"{pipe_id(pipe)}-{split}-{seed}-g{guidance:g}-t{tokens}"
 
@@ -90,7 +90,7 @@ class Pairs:
             stored = load_file(path)
             chunks.append(stored["images"])
             nfe.append(stored["nfe"])
-        self.nfe[name] = float(torch.cat(nfe).mean())
+        self.nfe[name] = torch.cat(nfe).numpy()
         return torch.cat(chunks)
 
     def _make(self, start: int, steps: int, way: Way) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,13 +115,4 @@ def interval(values: np.ndarray, rng: np.random.Generator) -> tuple[float, float
     """95 % bootstrap interval of the mean over pairs."""
     means = values[rng.integers(len(values), size=(2000, len(values)))].mean(1)
     low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def ratio_interval(
-    ours: np.ndarray, theirs: np.ndarray, rng: np.random.Generator
-) -> tuple[float, float]:
-    """95 % bootstrap interval of mean(ours) / mean(theirs), resampling the pairs together."""
-    picks = rng.integers(len(ours), size=(2000, len(ours)))
-    low, high = np.quantile(ours[picks].mean(1) / theirs[picks].mean(1), [0.025, 0.975])
     return float(low), float(high)

@@ -58,7 +58,8 @@ def accelerate(
     policy: a `Policy`, "auto", "dense", "steps:K[/trim][/ab2|/auto]", "threshold:X", "controller:X", "schedule:FILE",
         "replay:FILE", or the folder (or hub id) of a calibrated policy.
     budget: hard cap on the evaluations of every image, 1 to the run's steps.
-    speed: asks for steps / speed evaluations, at least 1. At most one of budget and speed.
+    speed: asks for steps / speed evaluations, at least 1: a mean over images where the policy has an allocation, else a
+        budget. At most one of budget and speed.
     attention: "exact" keeps dense rows on the model's own attention; "fast" sends every row to the sparse kernel.
     backend: kernels to use, as in `rapid3rt.ops`; None chooses.
 
@@ -260,12 +261,18 @@ def _choose(source: _Source, budget: int | None, speed: float | None, ticks: int
         raise ValueError(f"budget must be 1 to {ticks} (the steps of this call), got {budget}")
     notes = source.notes
     cap = budget
-    if speed is not None and speed > 1:
-        cap = evaluations_at(ticks, speed)
-        notes += (
-            f"speed={speed:g} became budget={cap} of {ticks} steps: this policy has no calibration table",
-        )
     policy = _limit(source.policy, budget, speed, ticks)
+    if speed is not None and speed > 1:
+        if isinstance(policy, ScheduleFamily) and policy.allocates:
+            notes += (
+                f"speed={speed:g} is a mean of {ticks / speed:.3g} evaluations, more for images that show more detail; "
+                "a budget gives every image the same",
+            )
+        else:
+            cap = evaluations_at(ticks, speed)
+            notes += (
+                f"speed={speed:g} became budget={cap} of {ticks} steps: this policy has no calibration table",
+            )
     # A policy of the user's own does not plan for a cap: when it is spent, the session lets the image reuse.
     capped = policy is source.policy and cap is not None
     reuses = capped or getattr(policy, "reuses", True)

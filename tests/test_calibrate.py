@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 import rapid3rt
+from rapid3rt.calibrate.allocate import fit
+from rapid3rt.calibrate.measure import Stop
 from rapid3rt.policies.folder import PolicyFolder
 from rapid3rt.tiny.scenes import sample
 
@@ -63,6 +66,29 @@ def test_calibration_finds_a_better_grid_and_resumes(pipe: Any, tmp_path: Path) 
         rapid3rt.restore(pipe)
     with pytest.raises(ValueError, match="out must be a new folder"):
         rapid3rt.calibrate(pipe, PROMPTS[:1], tmp_path / "policy", **SETTINGS)
+
+
+def _stops(signal: torch.Tensor) -> list[Stop]:
+    return [Stop(u, [], (signal + 3 * (1 - u)).tolist()) for u in (1.0, 0.75, 0.5)]
+
+
+def test_an_allocation_is_fitted_where_detail_tells_hard_images_and_only_there() -> None:
+    torch.manual_seed(0)
+    hardness = 1.5 * torch.randn(48, dtype=torch.float64)
+    errors = {k: (hardness - 2 * math.log(k) - 5).exp() for k in (4, 6, 10, 14)}
+    told = fit(_stops(hardness + 0.3 * torch.randn(48)), errors)
+    assert told is not None
+    assert [u for u, *_ in told] == [0.5, 0.75, 1.0]
+    for u, offset, exponent in told:
+        # Evaluations in proportion to c^(1 / 3) at p = 2, and around a mean of 1.
+        assert 0.2 < exponent < 0.45
+        given = (exponent * (hardness + 3 * (1 - u) - offset)).exp().mean()
+        assert given == pytest.approx(1, abs=0.1)
+    assert fit(_stops(torch.randn(48)), errors) is None
+    assert fit(_stops(-hardness), errors) is None
+    alike = {k: torch.full((48,), float(k) ** -2) for k in (4, 6, 10, 14)}
+    assert fit(_stops(hardness), alike) is None
+    assert fit(_stops(hardness[:3]), {k: e[:3] for k, e in errors.items()}) is None
 
 
 def test_calibration_refuses_no_prompts_and_too_few_steps(pipe: Any, tmp_path: Path) -> None:

@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fit a pipeline's own sigma grid and order from a dozen prompts, and measure what every action costs here.
-
-The grid is a family: one monotone warp of u, good for every number of evaluations (METHOD.md, section 6 c). The
-objective is the mean squared error of decoded images to the converged solution of the same noise, at k = 6 and 8.
-Nothing is trained. Every measurement goes to a file in the output folder, so an interrupted call goes on where it was.
-"""
+"""The measurements of a calibration, each made once and kept in its folder."""
 
 from __future__ import annotations
 
@@ -17,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -35,109 +30,27 @@ from rapid3rt.policies import (
     Threshold,
     WarpFamily,
 )
+from rapid3rt.policies.allocation import detail
 from rapid3rt.policies.base import Warp, shift_sigma, trimmed_sigmas, unshift_sigma
 from rapid3rt.policies.controller import local_error
-from rapid3rt.policies.folder import PolicyFolder
 from rapid3rt.types import (
-    ADAMS_BASHFORTH,
     AUTO,
-    EULER,
     ActionCosts,
     ComputeDecision,
     DenoiseState,
+    Policy,
     Run,
     StepDecision,
 )
 
-NUM_KNOTS = 6
-SEARCH_STEPS = (6, 8)
-TABLE_STEPS = (4, 5, 6, 8, 10, 14)
 REFERENCE_STEPS = 120
 COST_BATCH = 8
-_PROFILE_STEPS = 28
+_WALK_STEPS = 28
+_VERSION = 2
+"""Of what the measurements mean: those of another version are not gone on with."""
 
 
-def calibrate(
-    pipe: Any,
-    prompts: Sequence[str],
-    out: str | Path,
-    *,
-    num_inference_steps: int = 28,
-    seed: int = 0,
-    batch_size: int = 8,
-    evaluations: int = 40,
-    call: Mapping[str, Any] | None = None,
-    progress: bool = True,
-) -> PolicyFolder:
-    """Search the grid family of this pipeline and measure its actions; write a policy folder.
-
-    Parameters
-    ----------
-    pipe: a plain (not accelerated) pipeline of a supported family.
-    prompts: a dozen or more; each is paired with its own noise, drawn from `seed` and its position.
-    out: folder of the policy; give the same folder again to go on after an interruption.
-    num_inference_steps: steps of the pipeline that users will call. evaluations: warps to try.
-    call: further arguments of the pipeline's call (guidance_scale, height, ...), the same for every measurement: give
-        those that users will call with, since guidance above all decides where the steps belong.
-
-    Returns
-    -------
-    The policy, also saved in `out`: `accelerate(pipe, policy=out, speed=2.5)`.
-
-    Raises
-    ------
-    ValueError: no prompts, fewer than 8 steps, or a folder that holds another calibration.
-    UnsupportedError, StateError: as `accelerate`.
-    """
-    if not prompts:
-        raise ValueError("prompts must hold at least one prompt, got none")
-    if num_inference_steps < max(SEARCH_STEPS):
-        raise ValueError(
-            f"num_inference_steps must be at least {max(SEARCH_STEPS)}, got {num_inference_steps}"
-        )
-    bench = _Bench(
-        pipe,
-        list(prompts),
-        Path(out),
-        num_inference_steps,
-        seed,
-        batch_size,
-        dict(call or {}),
-        progress,
-    )
-    order, knots = _search(bench, evaluations)
-    schedule = bench.family(order, knots, profile=bench.error_profile(order, knots))
-    costs = bench.costs()
-    table = _table(bench, order, knots)
-    provenance = {
-        "prompts": len(prompts),
-        "seed": seed,
-        "num_inference_steps": num_inference_steps,
-        "call": {name: value for name, value in (call or {}).items() if _is_plain(value)},
-        "torch_threads": torch.get_num_threads(),
-        "mean_squared_error": table,
-    }
-    folder = PolicyFolder(model=bench.model, schedule=schedule, costs=costs, provenance=provenance)
-    folder.save(out)
-    _plot(table, Path(out) / "calibration.png")
-    return folder
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, (str, int, float, bool))
-
-
-def format_table(table: Mapping[str, Mapping[str, float]]) -> str:
-    """Rows of schedules, columns of k, errors in 1e-3."""
-    columns = list(next(iter(table.values())))
-    lines = ["mean squared error to the converged solution, in 1e-3"]
-    lines.append(f"{'k':<22}" + "".join(f"{c:>9}" for c in columns))
-    for name, row in table.items():
-        lines.append(f"{name:<22}" + "".join(f"{1000 * row[c]:>9.3f}" for c in columns))
-    return "\n".join(lines)
-
-
-class _Bench:
+class Bench:
     """Runs schedules on the calibration pairs and remembers every number in `measurements.json`."""
 
     def __init__(
@@ -155,7 +68,7 @@ class _Bench:
         self.batch_size, self.call, self.progress = batch_size, call, progress
         self.model = model_id(pipe.transformer)
         out.mkdir(parents=True, exist_ok=True)
-        settings = [self.model, prompts, steps, seed, sorted(map(str, call.items()))]
+        settings = [_VERSION, self.model, prompts, steps, seed, sorted(map(str, call.items()))]
         self.key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
         self.path = out / "measurements.json"
         self.values: dict[str, Any] = self._load()
@@ -209,17 +122,22 @@ class _Bench:
         finally:
             self.pipe.set_progress_bar_config(**bars)
 
-    def images(self, steps: int, description: str | None = None) -> torch.Tensor:
-        """Decoded images of all pairs in -1..1, under whatever drives the pipeline now: float32 `[n, 3, H, W]`."""
+    def images(self, steps: int, description: str | None = None) -> tuple[torch.Tensor, list[int]]:
+        """Decoded images of all pairs in -1..1, float32 `[n, 3, H, W]`, and the evaluations that each one took.
+
+        Under whatever policy drives the pipeline now.
+        """
         starts = range(0, len(self.prompts), self.batch_size)
-        chunks = []
+        chunks: list[torch.Tensor] = []
+        spent: list[int] = []
         for start in tqdm(starts, desc=description, disable=not (self.progress and description)):
             prompts = self.prompts[start : start + self.batch_size]
             noises = list(range(start, start + len(prompts)))
             chunks.append(
                 self._call(prompts, noises, steps, output_type="pt").float().cpu() * 2 - 1
             )
-        return torch.cat(chunks)
+            spent += [image.nfe for image in report(self.pipe).images]
+        return torch.cat(chunks), spent
 
     def reference(self) -> torch.Tensor:
         """The converged solutions, made once and kept beside the measurements."""
@@ -230,53 +148,43 @@ class _Bench:
                 self._reference = stored["images"]
         if self._reference is None:
             with _accelerated(self.pipe, Steps(REFERENCE_STEPS, trim=True, order=AUTO)):
-                self._reference = self.images(REFERENCE_STEPS, "converged solutions")
+                self._reference, _ = self.images(REFERENCE_STEPS, "converged solutions")
             save_file({"images": self._reference.contiguous()}, path)
         return self._reference
 
-    def family(self, order: int, knots: Sequence[float], profile: Any = None) -> WarpFamily:
-        """The schedule family of some knot values at even u."""
-        u = [(i + 1) / (NUM_KNOTS + 1) for i in range(NUM_KNOTS)]
-        return WarpFamily(
-            family=self.family_name,
-            num_ticks=self.steps,
-            shift=self.shift,
-            order=order,
-            knots=tuple(zip(u, knots, strict=True)),
-            error_profile=profile,
-        )
+    def errors(self, policy: Policy, k: int, key: str) -> torch.Tensor:
+        """Squared error of every image to its converged solution, under a policy of k evaluations: float64 `[n]`."""
+        return torch.tensor(self._run(policy, k, key)["errors"], dtype=torch.float64)
 
-    def error(self, policy: Any, k: int, key: str) -> float:
-        """Mean squared error of a policy at k evaluations to the converged solutions."""
+    def evaluations(self, policy: Policy, k: int, key: str) -> float:
+        """The mean number that the run behind `errors` of the same arguments took."""
+        return float(self._run(policy, k, key)["evaluations"])
 
-        def measure() -> float:
+    def _run(self, policy: Policy, k: int, key: str) -> Mapping[str, Any]:
+        def measure() -> dict[str, Any]:
             reference = self.reference()
             with _accelerated(self.pipe, policy):
-                images = self.images(max(self.steps, k))
-            return float((images - reference).square().mean())
+                images, spent = self.images(max(self.steps, k))
+            errors = (images - reference).square().mean((1, 2, 3))
+            return {"errors": errors.tolist(), "evaluations": sum(spent) / len(spent)}
 
-        return float(self.remember(f"{key} k={k}", measure))
+        run: Mapping[str, Any] = self.remember(f"{key} k={k}", measure)
+        return run
 
-    def family_error(self, order: int, knots: Sequence[float], k: int) -> float:
-        """`error` of a family."""
-        name = f"order={order} knots=" + ",".join(f"{w:.5f}" for w in knots)
-        if name + f" k={k}" in self.values:
-            return float(self.values[name + f" k={k}"])
-        return self.error(ScheduleFamily(self.family(order, knots), budget=k), k, name)
+    def family_errors(self, family: WarpFamily, k: int) -> torch.Tensor:
+        """`errors` of a family, every image at k."""
+        return self.errors(ScheduleFamily(family, budget=k), k, _key(family))
 
-    def error_profile(self, order: int, knots: Sequence[float]) -> tuple[tuple[float, float], ...]:
-        """Mean local error over u on the searched grid, for `controller`."""
+    def walk(self, family: WarpFamily) -> list[Stop]:
+        """Where the images of a family's long walk stop, u falling."""
 
-        def measure() -> list[list[float]]:
-            recorder = _ProfilePolicy(self.family(order, knots), min(_PROFILE_STEPS, self.steps))
+        def measure() -> list[Any]:
+            recorder = _Recorder(family, min(_WALK_STEPS, self.steps))
             with _accelerated(self.pipe, recorder):
                 self.images(self.steps)
-            return recorder.profile()
+            return recorder.stops()
 
-        points = self.remember(
-            f"profile order={order} " + ",".join(f"{w:.5f}" for w in knots), measure
-        )
-        return tuple((float(u), float(e)) for u, e in points)
+        return [Stop(*stop) for stop in self.remember(f"walk {_key(family)}", measure)]
 
     def costs(self) -> ActionCosts:
         """Every action's time over the plain pipeline's step, in a batch of 8, median over ticks."""
@@ -335,152 +243,60 @@ def _accelerated(pipe: Any, policy: Any) -> Iterator[None]:
         restore(pipe)
 
 
-class _ProfilePolicy:
-    """Walks a family at k steps and records the local error of every step."""
+class Stop(NamedTuple):
+    """One tick of a walk. u: where; local_error and detail: of every image, none at the first tick for the former."""
 
-    name, leaves_grid = "profile", True
+    u: float
+    local_error: list[float]
+    detail: list[float]
+
+
+def error_profile(stops: Sequence[Stop]) -> tuple[tuple[float, float], ...]:
+    """Mean local error over u, u rising: of the step that led to every stop, at the u midway. For `controller`."""
+    pairs = [
+        ((before.u + after.u) / 2, sum(after.local_error) / len(after.local_error))
+        for before, after in itertools.pairwise(stops)
+    ]
+    return tuple(sorted(pairs))
+
+
+class _Recorder:
+    """Walks a family at k steps and records what policies can see."""
+
+    name, leaves_grid, reuses = "walk", True, False
 
     def __init__(self, family: WarpFamily, k: int) -> None:
-        self._walk = ScheduleFamily(family, budget=k)
+        self._family = ScheduleFamily(family, budget=k)
         self._warp, self._k = Warp(family.knots), k
-        self._sums: list[tuple[float, torch.Tensor]] = []
-        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
         self._u: list[float] = []
+        self._errors: list[list[float]] = [[] for _ in range(k)]
+        self._details: list[list[float]] = [[] for _ in range(k)]
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def begin(self, run: Run) -> None:
-        self._walk.begin(run)
+        self._family.begin(run)
         sigmas = trimmed_sigmas(self._k, run, self._warp)
         self._u = [self._warp.inverse(unshift_sigma(s, run.shift)) for s in sigmas]
         self._last = None
 
     def decide_compute(self, state: DenoiseState) -> ComputeDecision:
-        return self._walk.decide_compute(state)
+        return self._family.decide_compute(state)
 
     def decide_step(self, state: DenoiseState, velocity: torch.Tensor) -> StepDecision:
-        if self._last is not None and state.tick < self._k:
-            before, after = self._u[state.tick - 1], self._u[state.tick]
-            du = torch.full_like(state.sigma, before - after)
-            error = local_error(velocity, self._last[0], state.sigma, self._last[1], du)
-            self._sums.append(((before + after) / 2, error.mean()))
+        if state.tick < self._k:
+            self._details[state.tick] += detail(state.latents, velocity, state.sigma).tolist()
+            if self._last is not None:
+                du = torch.full_like(state.sigma, self._u[state.tick - 1] - self._u[state.tick])
+                error = local_error(velocity, self._last[0], state.sigma, self._last[1], du)
+                self._errors[state.tick] += error.tolist()
         self._last = (velocity, state.sigma)
-        return self._walk.decide_step(state, velocity)
+        return self._family.decide_step(state, velocity)
 
-    def profile(self) -> list[list[float]]:
-        """[u, mean error], u rising."""
-        by_u: dict[float, list[float]] = {}
-        for u, error in self._sums:
-            by_u.setdefault(round(u, 9), []).append(float(error))
-        return [[u, sum(e) / len(e)] for u, e in sorted(by_u.items())]
+    def stops(self) -> list[Stop]:
+        """Of all runs so far."""
+        return [Stop(*stop) for stop in zip(self._u, self._errors, self._details, strict=False)]
 
 
-def _search(bench: _Bench, evaluations: int) -> tuple[int, list[float]]:
-    """Order and knots. First one number (a change of shift), then the knots by coordinate steps that shrink."""
-    spent = 0
-    bar = tqdm(total=evaluations, desc="grid search", disable=not bench.progress)
-
-    def objective(order: int, knots: Sequence[float]) -> float:
-        nonlocal spent
-        if not _is_valid(knots, bench):
-            return math.inf
-        spent += 1
-        bar.update()
-        return sum(math.log(bench.family_error(order, knots, k)) for k in SEARCH_STEPS) / len(
-            SEARCH_STEPS
-        )
-
-    bench.reference()
-    # Adams-Bashforth everywhere is no candidate: where it wins here it may still explode at another guidance scale.
-    scores: dict[tuple[int, float], float] = {}
-
-    def try_shift(order: int, ratio: float) -> None:
-        scores[order, ratio] = objective(order, _shifted(ratio))
-
-    for ratio, order in itertools.product((1.0, 0.7, 1.4, 0.5, 2.0, 0.35, 2.8), (AUTO, EULER)):
-        if spent < evaluations:
-            try_shift(order, ratio)
-    order, ratio = min(scores, key=lambda key: scores[key])
-    for factor in (0.84, 1.19):
-        try_shift(order, ratio * factor)
-    order, ratio = min(scores, key=lambda key: scores[key])
-    knots, best = _shifted(ratio), scores[order, ratio]
-    width = 0.25
-    while spent < evaluations and width > 0.02:
-        moved: set[int] = set()
-        for i, sign in itertools.product(range(NUM_KNOTS), (1, -1)):
-            if i in moved or spent >= evaluations:
-                continue
-            trial = _moved(knots, i, sign * width)
-            score = objective(order, trial)
-            if score < best:
-                knots, best = trial, score
-                moved.add(i)
-        width *= 1.0 if moved else 0.5
-        bar.set_postfix(error=f"{math.exp(best):.2e}")
-    bar.close()
-    return order, knots
-
-
-def _shifted(ratio: float) -> list[float]:
-    """Knots of the warp that multiplies the scheduler's shift by a ratio."""
-    return [shift_sigma((i + 1) / (NUM_KNOTS + 1), ratio) for i in range(NUM_KNOTS)]
-
-
-def _moved(knots: Sequence[float], i: int, share: float) -> list[float]:
-    """Knot i moved by a share of the distance to its neighbour on that side."""
-    padded = [0.0, *knots, 1.0]
-    neighbour = padded[i + 2] if share > 0 else padded[i]
-    out = list(knots)
-    out[i] = padded[i + 1] + abs(share) * (neighbour - padded[i + 1])
-    return out
-
-
-def _is_valid(knots: Sequence[float], bench: _Bench) -> bool:
-    """Strictly rising, and the grid of all steps ends no lower than what a schedule file allows."""
-    rising = all(b - a > 1e-3 for a, b in zip([0.0, *knots], [*knots, 1.0], strict=True))
-    if not rising:
-        return False
-    u = [(i + 1) / (NUM_KNOTS + 1) for i in range(NUM_KNOTS)]
-    last = shift_sigma(Warp(tuple(zip(u, knots, strict=True)))(1 / bench.steps), bench.shift)
-    return last >= 0.02
-
-
-def _table(bench: _Bench, order: int, knots: Sequence[float]) -> dict[str, dict[str, float]]:
-    """Before and after, over k."""
-    rows: dict[str, dict[str, float]] = {}
-    ks = [k for k in TABLE_STEPS if k <= bench.steps]
-    for k in tqdm(ks, desc="before and after", disable=not bench.progress):
-        column = {
-            "plain": bench.error(Steps(k), k, "steps"),
-            "trim": bench.error(Steps(k, trim=True), k, "trim"),
-            "trim/ab2": bench.error(Steps(k, trim=True, order=ADAMS_BASHFORTH), k, "trim/ab2"),
-            "trim/auto": bench.error(Steps(k, trim=True, order=AUTO), k, "trim/auto"),
-            "calibrated": bench.family_error(order, knots, k),
-        }
-        for name, value in column.items():
-            rows.setdefault(name, {})[str(k)] = value
-    return rows
-
-
-def _plot(table: Mapping[str, Mapping[str, float]], path: Path) -> None:
-    """Error over k, if matplotlib is there."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for (name, row), style in zip(table.items(), (":", "--", "-.", (0, (1, 3)), "-"), strict=True):
-        axes.plot(
-            [int(k) for k in row], list(row.values()), linestyle=style, marker="o", label=name
-        )
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    ks = [int(k) for k in next(iter(table.values()))]
-    axes.set_xticks(ks, [str(k) for k in ks])
-    axes.minorticks_off()
-    axes.set_xlabel("evaluations per image")
-    axes.set_ylabel("mean squared error to converged")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    FigureCanvasAgg(figure).print_figure(path, dpi=130)
+def _key(family: WarpFamily) -> str:
+    """What tells the measurements of one family from those of another."""
+    return f"order={family.order} knots=" + ",".join(f"{w:.5f}" for _, w in family.knots)

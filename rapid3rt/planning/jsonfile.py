@@ -84,12 +84,17 @@ class Fields:
 
     def pairs(self, name: str) -> tuple[tuple[float, float], ...]:
         """A list of `[x, y]`."""
-        for i, pair in enumerate(self.array(name)):
-            if not isinstance(pair, list) or len(pair) != 2:
-                self.fail(f"{name}[{i}]", "be a pair of numbers", pair)
-            for j, value in enumerate(pair):
+        return tuple((x, y) for x, y in self.rows(name, 2))
+
+    def rows(self, name: str, width: int) -> tuple[tuple[float, ...], ...]:
+        """A list of lists of `width` finite numbers."""
+        for i, row in enumerate(self.array(name)):
+            if not isinstance(row, list) or len(row) != width:
+                what = "a pair of numbers" if width == 2 else f"{width} numbers"
+                self.fail(f"{name}[{i}]", f"be {what}", row)
+            for j, value in enumerate(row):
                 self._number(f"{name}[{i}][{j}]", value, -math.inf, math.inf)
-        return tuple((float(x), float(y)) for x, y in self.array(name))
+        return tuple(tuple(float(value) for value in row) for row in self.array(name))
 
     def array(self, name: str) -> list[Any]:
         """A list."""

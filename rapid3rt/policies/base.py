@@ -30,6 +30,7 @@ Scalar = TypeVar("Scalar", float, torch.Tensor)
 
 # A free step below this sigma goes to 0 at once (METHOD.md, section 1).
 SIGMA_MIN = 0.01
+_TABLE_POINTS = 1025
 
 
 def shift_sigma(u: Scalar, shift: float) -> Scalar:
@@ -145,6 +146,28 @@ def interpolate(x: torch.Tensor, xs: torch.Tensor, ys: torch.Tensor) -> torch.Te
     right = torch.searchsorted(xs, x.contiguous()).clamp(1, xs.numel() - 1)
     x0, x1, y0, y1 = xs[right - 1], xs[right], ys[right - 1], ys[right]
     return y0 + (y1 - y0) * ((x - x0) / (x1 - x0)).clamp(0, 1)
+
+
+class WarpedTime:
+    """u and sigma = phi(w(u)) of one run, each from the other, on the device; both `[B]` float32.
+
+    w: the identity without a warp. sigma (table) and u (table): float32 `[1025]`, rising.
+    """
+
+    def __init__(self, run: Run, warp: Warp | None = None) -> None:
+        warp = warp or Warp()
+        u = [i / (_TABLE_POINTS - 1) for i in range(_TABLE_POINTS)]
+        self.u_table = device_list(u, run)
+        self.sigma_table = device_list([shift_sigma(warp(x), run.shift) for x in u], run)
+
+    def u(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Where a sigma lies."""
+        return interpolate(sigma, self.sigma_table, self.u_table)
+
+    def sigma(self, u: torch.Tensor) -> torch.Tensor:
+        """The sigma at u; below the smallest sensible one, 0 (METHOD.md, section 1)."""
+        sigma = interpolate(u, self.u_table, self.sigma_table)
+        return sigma.masked_fill(sigma < SIGMA_MIN, 0.0)
 
 
 def compute_all(state: DenoiseState) -> ComputeDecision:

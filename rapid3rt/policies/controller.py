@@ -17,16 +17,14 @@ from dataclasses import dataclass
 import torch
 
 from rapid3rt.policies.base import (
-    SIGMA_MIN,
     Warp,
+    WarpedTime,
     check_family,
     check_number,
     check_order,
     compute_all,
-    device_list,
     interpolate,
     planned_evaluations,
-    shift_sigma,
     step_to,
 )
 from rapid3rt.policies.schedule import WarpFamily
@@ -36,7 +34,6 @@ POWER = 2 / 3
 # A step is at most doubled or halved: an image may get up to twice the evaluations of the average
 # one, never more.
 WIDEST_STEP_FACTOR = 2.0
-_TABLE_POINTS = 1025
 _TINY = 1e-12
 
 
@@ -98,7 +95,8 @@ class Controller:
         self.family, self.order, self.budget, self.speed = family, check_order(order), budget, speed
         self.name = f"controller:{tol:g}"
         self._evaluations = self._ticks = 0
-        self._u_table = self._sigma_table = self._profile_table = torch.empty(0)
+        self._time: WarpedTime | None = None
+        self._profile = torch.empty(0)
         self._past: _Past | None = None
 
     def begin(self, run: Run) -> None:
@@ -109,18 +107,16 @@ class Controller:
             planned_evaluations(run, self.budget, self.speed),
             run.ticks,
         )
-        warp = Warp(self.family.knots if self.family else ())
-        u = [i / (_TABLE_POINTS - 1) for i in range(_TABLE_POINTS)]
-        sigma = [shift_sigma(warp(x), run.shift) for x in u]
-        self._u_table, self._sigma_table = device_list(u, run), device_list(sigma, run)
-        self._profile_table = _profile_on(self._u_table, self._sigma_table, self.family)
+        self._time = WarpedTime(run, Warp(self.family.knots) if self.family else None)
+        self._profile = _profile_on(self._time.u_table, self._time.sigma_table, self.family)
         self._past = None
 
     def decide_compute(self, state: DenoiseState) -> ComputeDecision:
         return compute_all(state)
 
     def decide_step(self, state: DenoiseState, velocity: torch.Tensor) -> StepDecision:
-        u = interpolate(state.sigma, self._sigma_table, self._u_table)
+        assert self._time is not None
+        u = self._time.u(state.sigma)
         past = self._past = self._advance(state, velocity, u)
         wanted = (u / (self.tol * _step_factor(past.hardness))).round().clamp(min=1)
         left = (self._evaluations - state.nfe).clamp(max=self._ticks - state.tick).clamp(min=1)
@@ -128,10 +124,10 @@ class Controller:
             u / left * _step_factor(past.hardness - past.hardness_sum / past.measured.clamp(min=1))
         )
         du = torch.where(wanted <= left, u / wanted, torch.where(left == 1, u, share))
-        sigma = interpolate(u - du, self._u_table, self._sigma_table)
-        return step_to(sigma.masked_fill(sigma < SIGMA_MIN, 0.0), self.order)
+        return step_to(self._time.sigma(u - du), self.order)
 
     def _advance(self, state: DenoiseState, velocity: torch.Tensor, u: torch.Tensor) -> _Past:
+        assert self._time is not None
         past = self._past
         if past is None:  # the first tick: nothing to compare with, every image counts as average
             zero = torch.zeros_like(u)
@@ -139,7 +135,7 @@ class Controller:
         error = local_error(
             velocity, past.velocity, state.sigma, past.sigma, (past.u - u).clamp(min=1e-6)
         )
-        mean = interpolate((past.u + u) / 2, self._u_table, self._profile_table)
+        mean = interpolate((past.u + u) / 2, self._time.u_table, self._profile)
         hardness = (error.clamp(min=_TINY) / mean).log()
         fresh = torch.ones_like(state.done) if state.computes is None else state.computes
         return _Past(

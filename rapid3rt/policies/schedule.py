@@ -10,7 +10,7 @@ sigma is where the tick starts; it steps to the sigma of the next entry, the las
 `family`: `family`, `num_ticks` and `shift` (the run it was searched on), `order` (1, 2, or 0: auto), `knots`
 (interior `[u, w]` of a monotone warp w; phi*(u) = phi(w(u)) and the grid of k evaluations is phi*(1
 - j / k)), `error_profile` (null, or `[u, value]` for `controller`: the mean over images of
-`controller.local_error`), `provenance`.
+`controller.local_error`), `allocation` (null, or `table` and `dial` of `allocation.Allocation`), `provenance`.
 
 Anything else is one `ValueError` that names file and field.
 """
@@ -28,8 +28,10 @@ import torch
 
 from rapid3rt.planning import sparsity
 from rapid3rt.planning.jsonfile import Fields, read_fields, write_document
+from rapid3rt.policies.allocation import Allocation, Allocator
 from rapid3rt.policies.base import (
     Warp,
+    WarpedTime,
     check_family,
     compute_all,
     device_list,
@@ -88,6 +90,7 @@ class WarpFamily:
     order: int
     knots: tuple[tuple[float, float], ...]
     error_profile: tuple[tuple[float, float], ...] | None = None
+    allocation: Allocation | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -117,6 +120,7 @@ def save_schedule(schedule: FixedPlan | WarpFamily, path: str | os.PathLike[str]
             "order": schedule.order,
             "knots": [list(pair) for pair in schedule.knots],
             "error_profile": None if profile is None else [list(pair) for pair in profile],
+            "allocation": _allocation_as_json(schedule.allocation),
         }
     document = {**header, **body, "provenance": dict(schedule.provenance)}
     _read(Fields(document, str(path)))
@@ -181,6 +185,7 @@ def _read_family(fields: Fields) -> WarpFamily:
         order=fields.integer("order", AUTO, ADAMS_BASHFORTH),
         knots=knots,
         error_profile=_read_profile(fields),
+        allocation=_read_allocation(fields),
         provenance=fields.child("provenance").data,
     )
 
@@ -198,6 +203,32 @@ def _read_profile(fields: Fields) -> tuple[tuple[float, float], ...] | None:
             profile,
         )
     return profile
+
+
+def _allocation_as_json(allocation: Allocation | None) -> dict[str, list[list[float]]] | None:
+    if allocation is None:
+        return None
+    return {
+        "table": [list(row) for row in allocation.table],
+        "dial": [list(pair) for pair in allocation.dial],
+    }
+
+
+def _read_allocation(fields: Fields) -> Allocation | None:
+    """Files from before allocations have none."""
+    if fields.data.get("allocation") is None:
+        return None
+    entry = fields.child("allocation")
+    table, dial = entry.rows("table", 3), entry.pairs("dial")
+    rising = all(a[0] < b[0] for a, b in itertools.pairwise(table))
+    if len(table) < 2 or not rising or not all(0 <= u <= 1 for u, *_ in table):
+        entry.fail("table", "be at least two [u, offset, exponent], u rising in 0..1", table)
+    rising = all(a[0] < b[0] and a[1] < b[1] for a, b in itertools.pairwise(dial))
+    if len(dial) < 2 or not rising or dial[0][0] <= 0 or dial[0][1] < 1:
+        entry.fail(
+            "dial", "be at least two [b, evaluations], both rising, evaluations from 1 on", dial
+        )
+    return Allocation(table=tuple((u, o, e) for u, o, e in table), dial=dial)
 
 
 class FixedSchedule:
@@ -243,7 +274,8 @@ class FixedSchedule:
 class ScheduleFamily:
     """Every image takes k computed steps on phi*(1 - j / k), at the order searched with it.
 
-    k is the smallest of the budget, floor(ticks / speed) and the run's ticks.
+    k is the smallest of the budget, floor(ticks / speed) and the run's ticks. Where the family has an allocation and a
+    speed is all that is asked for, ticks / speed is the mean over images instead, and each has its own k.
     """
 
     leaves_grid = True
@@ -259,19 +291,37 @@ class ScheduleFamily:
     ) -> None:
         self.family, self.name, self.budget, self.speed = family, name, budget, speed
         self._sigmas: torch.Tensor | None = None
+        self._time: WarpedTime | None = None
+        self._allocator: Allocator | None = None
+
+    @property
+    def allocates(self) -> bool:
+        """Whether images get numbers of their own, whose mean the speed asks for."""
+        return self.family.allocation is not None and self.speed is not None and self.budget is None
 
     def begin(self, run: Run) -> None:
         """Raises `ValueError` if the run is of another model family."""
         check_family(self.family.family, run, self.name)
+        warp, self._allocator = Warp(self.family.knots), None
         k = planned_evaluations(run, self.budget, self.speed)
-        self._sigmas = device_list(trimmed_sigmas(k, run, Warp(self.family.knots)), run)
+        self._sigmas = device_list(trimmed_sigmas(k, run, warp), run)
+        if self.allocates and run.budget is None:
+            assert self.family.allocation is not None
+            assert self.speed is not None
+            self._allocator = Allocator(self.family.allocation, run.ticks / self.speed, run)
+            self._time = WarpedTime(run, warp)
 
     def decide_compute(self, state: DenoiseState) -> ComputeDecision:
         return compute_all(state)
 
     def decide_step(self, state: DenoiseState, velocity: torch.Tensor) -> StepDecision:
         assert self._sigmas is not None
-        return step_to(next_from_list(self._sigmas, state.step), self.family.order)
+        if self._allocator is None:
+            return step_to(next_from_list(self._sigmas, state.step), self.family.order)
+        assert self._time is not None
+        u = self._time.u(state.sigma)
+        left = self._allocator.left(state, velocity, u)
+        return step_to(self._time.sigma(u * (1 - 1 / left)), self.family.order)
 
 
 def schedule_policy(path: str | os.PathLike[str]) -> FixedSchedule | ScheduleFamily:
