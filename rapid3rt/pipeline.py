@@ -95,7 +95,7 @@ def accelerate(
     real_transformer, real_scheduler = pipe.transformer, pipe.scheduler
     session.real = (real_transformer, real_scheduler, controlnet)
     session.scheduler = make_scheduler_twin(real_scheduler, session)
-    pipe.transformer = make_transformer_twin(real_transformer, session)
+    pipe.transformer = make_transformer_twin(real_transformer, session, adapter.attention_kwargs)
     pipe.scheduler = session.scheduler
     if controlnet is not None:
         pipe.controlnet = make_controlnet_twin(controlnet, session)
@@ -330,9 +330,8 @@ def _find_controlnet(pipe: Any, adapter: Adapter) -> Any:
     controlnet, classes = getattr(pipe, "controlnet", None), adapter.controlnet.classes
     if controlnet is not None and not isinstance(controlnet, classes):
         names = ", ".join(c.__name__ for c in classes)
-        raise UnsupportedError(
-            f"controlnet must be one of {names}, got {type(controlnet).__name__}"
-        )
+        required = f"one of {names}" if classes else f"None on {adapter.family}"
+        raise UnsupportedError(f"controlnet must be {required}, got {type(controlnet).__name__}")
     return controlnet
 
 

@@ -65,20 +65,37 @@ def attend(
     q, k, v: `[R, H, N, K]`, image and text tokens joined; text at `text_start`, `num_text` tokens, first or last.
     dense: the model's own attention on the same layout. Returns `[R, H, N, K]`.
     """
-    first, block, num_tokens = rows.num_dense, rows.block, q.shape[2]
-    parts = [dense(q[:first], k[:first], v[:first])] if first else []
-    q, k, v = q[first:], k[first:], v[first:]
+    first = rows.num_dense
+    out = block_sparse(q[first:], k[first:], v[first:], rows, text_start, num_text)
+    return torch.cat([dense(q[:first], k[:first], v[:first]), out]) if first else out
+
+
+def block_sparse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rows: SparseRows,
+    text_start: int,
+    num_text: int,
+    kv_len: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Block-sparse attention of the rows behind the dense ones, as in `attend`.
+
+    kv_len: int32 `[R]`, keys beyond it are not seen; None: all are.
+    """
+    block, num_tokens = rows.block, q.shape[2]
     # A block that touches text is a text block, so the seam counts against the image.
     image_blocks = -(-num_tokens // block)
     if num_text:
         image_blocks -= -(-(text_start + num_text) // block) - text_start // block
-    keep = [sparsity.kept_blocks(level, image_blocks) for level in rows.levels[first:]]
+    levels = rows.levels[rows.num_dense :]
+    keep = [sparsity.kept_blocks(level, image_blocks) for level in levels]
     keep_rows = torch.tensor(keep, dtype=torch.int32, device=q.device)
     scale = q.shape[-1] ** -0.5
     mode, count, index, order = ops.build_block_lists(
         q, k, keep_rows, text_start, num_text, block, block, scale, backend=rows.backend
     )
     out, _ = ops.block_sparse_attention(
-        q, k, v, mode, count, index, order, None, block, block, scale, backend=rows.backend
+        q, k, v, mode, count, index, order, kv_len, block, block, scale, backend=rows.backend
     )
-    return torch.cat([*parts, out]) if parts else out
+    return out

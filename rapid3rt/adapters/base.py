@@ -47,17 +47,27 @@ class ControlNetLayout:
     per_net: tuple[str, ...]
 
 
+NO_CONTROLNET = ControlNetLayout(classes=(), outputs=(), rows=(), per_net=())
+
+
 class Adapter(Protocol):
-    """One transformer family: where its tensors live, and its loop over blocks."""
+    """One transformer family: where its tensors live, and its loop over blocks.
+
+    family: its name. attention_kwargs: the transformer's argument that carries the LoRA scale. controlnet: its nets.
+    """
 
     family: str
+    attention_kwargs: str
     controlnet: ControlNetLayout
 
     def supports(self, transformer: Any) -> bool:
-        """Whether this adapter serves the class of a transformer."""
+        """Whether this adapter serves the class of a transformer. UnsupportedError: a variant that it cannot serve."""
 
     def branches(self, pipe: Any, call: int, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
         """Guidance branches of the call-th transformer call of a tick. UnsupportedError: an unknown layout."""
+
+    def mu(self, arguments: Mapping[str, Any], mu: float | None, steps: int) -> float | None:
+        """What the pipeline would pass as `mu` for another number of steps. arguments: the locals of its call."""
 
     def resolution(self, transformer: Any, kwargs: Mapping[str, Any]) -> tuple[int, int]:
         """Noise tokens as (rows, columns). Asked once a run; may read the device."""

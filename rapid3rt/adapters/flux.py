@@ -21,13 +21,15 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAt
 
 from rapid3rt.adapters.attention import NOT_STOCK, SparseProcessor, attend, exchanged_processors
 from rapid3rt.adapters.base import ControlNetLayout, Embedded, SparseRows, take, take_nested
+from rapid3rt.adapters.packed import PackedAdapter
 from rapid3rt.errors import UnsupportedError
 
 
-class FluxAdapter:
+class FluxAdapter(PackedAdapter):
     """Adapter of `FluxTransformer2DModel`."""
 
     family = "flux"
+    attention_kwargs = "joint_attention_kwargs"
     # img_ids and txt_ids are positions, the same for every row, whatever their first size happens to be.
     controlnet = ControlNetLayout(
         classes=(FluxControlNetModel, FluxMultiControlNetModel),
@@ -43,52 +45,15 @@ class FluxAdapter:
         """Whether the transformer is a FLUX.1 one."""
         return isinstance(transformer, FluxTransformer2DModel)
 
-    def branches(self, pipe: Any, call: int, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
-        """Call 0: cond; call 1: uncond, the separate call of true CFG."""
-        if call > 1:
-            raise UnsupportedError(
-                f"transformer call {call} of a tick has a guidance layout that is not known; "
-                "use rapid3rt.restore(pipe) for this pipeline"
-            )
-        return ("uncond",) if call else ("cond",)
-
     def resolution(self, transformer: Any, kwargs: Mapping[str, Any]) -> tuple[int, int]:
-        """From the position ids of the noise tokens: one host read, at the beginning of a run."""
-        ids = _plane(kwargs["img_ids"]).float()
-        reference, row, column = ids.T.tolist()
-        noise = [i for i, r in enumerate(reference) if r == 0]
-        rows, columns = (len({axis[i] for i in noise}) for axis in (row, column))
-        if noise != list(range(len(noise))) or rows * columns != len(noise):
-            raise UnsupportedError(
-                "img_ids must list the noise tokens first and as a full grid, "
-                f"got {len(noise)} tokens in {rows} rows and {columns} columns"
-            )
-        return rows, columns
-
-    def observe(
-        self, transformer: Any, kwargs: Mapping[str, Any], images: int, resolution: tuple[int, int]
-    ) -> torch.Tensor:
-        """Noise channels of the noise tokens, as a grid."""
-        hidden: torch.Tensor = kwargs["hidden_states"]
-        return self.as_grid(hidden[-images:, :, : transformer.out_channels], resolution)
-
-    def as_grid(self, velocity: torch.Tensor, resolution: tuple[int, int]) -> torch.Tensor:
-        """`[B, I, C]` to `[B, C, rows, columns]`, the noise tokens."""
-        rows, columns = resolution
-        noise: torch.Tensor = velocity[:, : rows * columns]
-        grid: torch.Tensor = noise.unflatten(1, (rows, columns))
-        return grid.permute(0, 3, 1, 2)
+        """From the position ids of the noise tokens."""
+        return noise_grid(kwargs["img_ids"])
 
     def image_attention_share(self, transformer: Any, kwargs: Mapping[str, Any]) -> float:
         """Double and single blocks alike: 24 D^2 a token for linears, 4 D a pair for attention."""
         image, text = kwargs["hidden_states"].shape[1], kwargs["encoder_hidden_states"].shape[1]
         tokens, width = image + text, transformer.inner_dim
         return float(4 * width * image**2 / (4 * width * tokens**2 + 24 * width**2 * tokens))
-
-    def model_time(self, kwargs: Mapping[str, Any], timestep: torch.Tensor) -> torch.Tensor:
-        """The pipeline casts the scheduler's timestep to the latents' dtype, then divides."""
-        dtype: torch.dtype = kwargs["timestep"].dtype
-        return timestep.to(dtype) / 1000
 
     def embed(
         self,
@@ -112,8 +77,8 @@ class FluxAdapter:
         """Double blocks, then single blocks; positions are the same for every row."""
         image = embedded.image
         text = transformer.context_embedder(take(kwargs["encoder_hidden_states"], rows))
-        ids = torch.cat((_plane(kwargs["txt_ids"]), _plane(kwargs["img_ids"])))
-        attention_kwargs = kwargs.get("joint_attention_kwargs")
+        ids = torch.cat((plane(kwargs["txt_ids"]), plane(kwargs["img_ids"])))
+        attention_kwargs = kwargs.get(self.attention_kwargs)
         if attention_kwargs is not None and "ip_adapter_image_embeds" in attention_kwargs:
             attention_kwargs = dict(attention_kwargs)
             embeds = take_nested(attention_kwargs.pop("ip_adapter_image_embeds"), rows)
@@ -153,7 +118,7 @@ class FluxAdapter:
         self, transformer: Any, kwargs: Mapping[str, Any], rows: SparseRows
     ) -> AbstractContextManager[None]:
         """Our processor where the stock one sits, in double and single blocks."""
-        processor = partial(_SparseFluxProcessor, num_text=kwargs["encoder_hidden_states"].shape[1])
+        processor = partial(SparseFluxProcessor, num_text=kwargs["encoder_hidden_states"].shape[1])
         return exchanged_processors(_stock_attention(transformer), processor, rows)
 
 
@@ -167,8 +132,8 @@ def _stock_attention(transformer: Any) -> list[Any]:
     ]
 
 
-class _SparseFluxProcessor(SparseProcessor):
-    """FLUX attention, text first; single blocks come with text and image joined already."""
+class SparseFluxProcessor(SparseProcessor):
+    """Attention of FLUX.1 and of FLUX.2's double blocks, text first; FLUX.1's single blocks come joined already."""
 
     _attention_backend = None
     _parallel_config = None
@@ -206,7 +171,7 @@ class _SparseFluxProcessor(SparseProcessor):
         if image_rotary_emb is not None:
             q, k = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (q, k))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = attend(q, k, v, self.rows, 0, self._num_text, _dense)
+        out = attend(q, k, v, self.rows, 0, self._num_text, dense_attention)
         out = out.transpose(1, 2).flatten(2).to(q.dtype)
         if encoder_hidden_states is None:
             return out
@@ -215,12 +180,28 @@ class _SparseFluxProcessor(SparseProcessor):
         return image, attn.to_add_out(text.contiguous())
 
 
-def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """The model's own attention, which takes `[R, N, H, K]`."""
     out: torch.Tensor = dispatch_attention_fn(*(x.transpose(1, 2) for x in (q, k, v)))
     return out.transpose(1, 2)
 
 
-def _plane(ids: torch.Tensor) -> torch.Tensor:
-    """Position ids `[N, 3]`; a batch dimension is an old habit that the model drops too."""
+def plane(ids: torch.Tensor) -> torch.Tensor:
+    """Position ids `[N, axes]`, the same for every row; the models drop a batch dimension too."""
     return ids[0] if ids.ndim == 3 else ids
+
+
+def noise_grid(img_ids: torch.Tensor) -> tuple[int, int]:
+    """Rows and columns of the tokens whose first position is 0: one host read, at the beginning of a run.
+
+    img_ids: `[N, 3]` or more axes (image, row, column, ...), or a batch of them.
+    """
+    image, row, column, *_ = plane(img_ids).float().T.tolist()
+    noise = [i for i, index in enumerate(image) if index == 0]
+    rows, columns = (len({axis[i] for i in noise}) for axis in (row, column))
+    if noise != list(range(len(noise))) or rows * columns != len(noise):
+        raise UnsupportedError(
+            "img_ids must list the noise tokens first and as a full grid, "
+            f"got {len(noise)} tokens in {rows} rows and {columns} columns"
+        )
+    return rows, columns

@@ -24,6 +24,7 @@ class SD3Adapter:
     """Adapter of `SD3Transformer2DModel`."""
 
     family = "sd3"
+    attention_kwargs = "joint_attention_kwargs"
     controlnet = ControlNetLayout(
         classes=(SD3ControlNetModel, SD3MultiControlNetModel),
         outputs=("block_controlnet_hidden_states",),
@@ -46,6 +47,10 @@ class SD3Adapter:
             f"transformer call {call} of a tick (skip_layers={skip_layers}) has a guidance layout that is not known; "
             "use rapid3rt.restore(pipe) for this pipeline"
         )
+
+    def mu(self, arguments: Mapping[str, Any], mu: float | None, steps: int) -> float | None:
+        """The pipelines shift by the size of the image alone."""
+        return mu
 
     def resolution(self, transformer: Any, kwargs: Mapping[str, Any]) -> tuple[int, int]:
         """Latent size over patch size."""
@@ -105,7 +110,7 @@ class SD3Adapter:
             embedded.image,
             transformer.context_embedder(take(kwargs["encoder_hidden_states"], rows)),
         )
-        attention_kwargs = kwargs.get("joint_attention_kwargs")
+        attention_kwargs = kwargs.get(self.attention_kwargs)
         if attention_kwargs is not None and "ip_adapter_image_embeds" in attention_kwargs:
             attention_kwargs = dict(attention_kwargs)
             embeds = attention_kwargs.pop("ip_adapter_image_embeds")

@@ -384,6 +384,10 @@ class Session:
             run.tick += 1
             return sample.to(velocity.dtype)
         assert run.computes is not None
+        if len(run.plan.active) < run.num_images:
+            # What a pipeline makes of zeros need not be zero: Qwen-Image divides by their norm.
+            done = run.images.done.view(-1, *([1] * (velocity.ndim - 1)))
+            velocity = velocity.masked_fill(done, 0)
         seen = self.adapter.as_grid(velocity, run.resolution)
         answer = run.choice.policy.decide_step(run.state, seen)
         decision = check_step(answer, run.num_images, run.choice.name)

@@ -774,7 +774,7 @@ class Reads(TorchDispatchMode):
 
 
 def reads_per_tick(
-    pipe: Any, steps: int, monkeypatch: pytest.MonkeyPatch
+    pipe: Any, steps: int, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Any] = run
 ) -> list[list[tuple[str, str, str]]]:
     """Reads of each tick; the first has those of the run's begin, the last those of its end."""
     ticks: list[list[tuple[str, str, str]]] = []

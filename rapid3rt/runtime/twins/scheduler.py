@@ -75,11 +75,16 @@ def set_timesteps(
     ticks = len(self.timesteps)
     choice = session.choose(ticks)
     steps = getattr(choice.policy, "grid_steps", None)
-    grid = self
+    grid, shift = self, _shift(self, mu)
     if steps is not None and steps != ticks:
         if steps > ticks:
             raise ValueError(
                 f"steps of policy {choice.name!r} must be at most num_inference_steps ({ticks}), got {steps}"
+            )
+        if steps == 1 and self.config.get("shift_terminal"):
+            raise ValueError(
+                f"steps of policy {choice.name!r} must be at least 2 where the scheduler has a shift_terminal, got 1; "
+                "'steps:1/trim' is one step"
             )
         if timesteps is not None or (sigmas is not None and not _is_even(sigmas)):
             raise UnsupportedError(
@@ -87,14 +92,16 @@ def set_timesteps(
             )
         grid = copy.copy(self)
         own = None if sigmas is None else np.linspace(1.0, 1 / steps, steps)
+        mu = session.adapter.mu(frame.f_locals, mu, steps)
         real.set_timesteps(grid, steps, device, own, mu, None)
+        shift = _shift(self, mu)
     session.begin(
         choice,
         Grid(
             ticks=ticks,
             sigmas=grid.sigmas,
             timesteps=grid.timesteps,
-            shift=_shift(self, mu),
+            shift=shift,
             stay_on_grid=_counts_in_ticks(frame),
             grid_steps=steps,
         ),
@@ -102,7 +109,7 @@ def set_timesteps(
 
 
 def _is_even(sigmas: Any) -> bool:
-    """Whether these are the sigmas that FLUX pipelines pass by themselves, and not a user's own."""
+    """Whether these are the sigmas that FLUX and Qwen pipelines pass by themselves, and not a user's own."""
     n = len(sigmas)
     return np.array_equal(np.asarray(sigmas), np.linspace(1.0, 1 / n, n))
 

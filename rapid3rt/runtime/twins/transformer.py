@@ -34,20 +34,26 @@ class ForwardSession(Protocol):
         """Run one transformer call."""
 
 
-def make_transformer_twin(real: torch.nn.Module, session: ForwardSession) -> torch.nn.Module:
-    """A twin of a diffusers transformer. The real one stays usable by others."""
+def make_transformer_twin(
+    real: torch.nn.Module, session: ForwardSession, attention_kwargs: str
+) -> torch.nn.Module:
+    """A twin of a diffusers transformer. The real one stays usable by others.
+
+    attention_kwargs: its argument that carries the LoRA scale.
+    """
     lock = _LOCKS.setdefault(real, threading.RLock())
-    twin: Any = object.__new__(
-        twin_class(type(real), session, {"__call__": _call_with(session, lock)})
-    )
+    call = _call_with(session, lock, attention_kwargs)
+    twin: Any = object.__new__(twin_class(type(real), session, {"__call__": call}))
     object.__setattr__(twin, "__dict__", real.__dict__)
     return twin  # type: ignore[no-any-return]
 
 
-def _call_with(session: ForwardSession, lock: threading.RLock) -> Callable[..., Any]:
+def _call_with(
+    session: ForwardSession, lock: threading.RLock, attention_kwargs: str
+) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         refuse_compiled(self)
-        with lock, _window(self, session):
+        with lock, _window(self, session, attention_kwargs):
             return torch.nn.Module.__call__(self, *args, **kwargs)
 
     return call
@@ -67,12 +73,12 @@ def refuse_compiled(transformer: Any) -> None:
 
 
 @contextmanager
-def _window(module: Any, session: ForwardSession) -> Iterator[None]:
+def _window(module: Any, session: ForwardSession, attention_kwargs: str) -> Iterator[None]:
     """Our loop in the innermost forward slot while the context is open."""
     own = real_class(module).forward  # type: ignore[attr-defined]
     get, put = _innermost_slot(module, own)
     displaced = get()
-    put(_loop(module, session, own, displaced))
+    put(_loop(module, session, attention_kwargs, own, displaced))
     try:
         yield
     finally:
@@ -101,12 +107,14 @@ def _innermost_slot(module: Any, own: Any) -> tuple[Callable[[], Any], Callable[
     )
 
 
-def _loop(module: Any, session: ForwardSession, own: Any, displaced: Any) -> Callable[..., Any]:
+def _loop(
+    module: Any, session: ForwardSession, attention_kwargs: str, own: Any, displaced: Any
+) -> Callable[..., Any]:
     """The function that stands in the slot. Another thread that gets here runs what was there before."""
     owner = threading.get_ident()
     signature = inspect.signature(own)
 
-    @apply_lora_scale("joint_attention_kwargs")  # type: ignore[untyped-decorator]
+    @apply_lora_scale(attention_kwargs)  # type: ignore[untyped-decorator]
     def run(transformer: Any, **kwargs: Any) -> Any:
         sample = session.forward(transformer, kwargs)
         return Transformer2DModelOutput(sample=sample) if kwargs["return_dict"] else (sample,)

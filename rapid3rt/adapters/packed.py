@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What families with packed latents share: tokens `[R, I, C]`, noise first, and guidance as a call of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from rapid3rt.errors import UnsupportedError
+
+
+class PackedAdapter:
+    """Base of the adapters of FLUX.1, FLUX.2 and Qwen-Image."""
+
+    def branches(self, pipe: Any, call: int, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+        """Call 0: cond; call 1: uncond, the separate call of true CFG."""
+        if call > 1:
+            raise UnsupportedError(
+                f"transformer call {call} of a tick has a guidance layout that is not known; "
+                "use rapid3rt.restore(pipe) for this pipeline"
+            )
+        return ("uncond",) if call else ("cond",)
+
+    def mu(self, arguments: Mapping[str, Any], mu: float | None, steps: int) -> float | None:
+        """The pipelines shift by the size of the image alone."""
+        return mu
+
+    def observe(
+        self, transformer: Any, kwargs: Mapping[str, Any], images: int, resolution: tuple[int, int]
+    ) -> torch.Tensor:
+        """Noise channels of the noise tokens, as a grid."""
+        hidden: torch.Tensor = kwargs["hidden_states"]
+        channels = transformer.config.patch_size**2 * transformer.out_channels
+        return self.as_grid(hidden[-images:, :, :channels], resolution)
+
+    def as_grid(self, velocity: torch.Tensor, resolution: tuple[int, int]) -> torch.Tensor:
+        """`[B, I, C]` to `[B, C, rows, columns]`, the noise tokens."""
+        rows, columns = resolution
+        noise: torch.Tensor = velocity[:, : rows * columns]
+        grid: torch.Tensor = noise.unflatten(1, (rows, columns))
+        return grid.permute(0, 3, 1, 2)
+
+    def model_time(self, kwargs: Mapping[str, Any], timestep: torch.Tensor) -> torch.Tensor:
+        """The pipelines cast the scheduler's timestep to the latents' dtype, then divide."""
+        dtype: torch.dtype = kwargs["timestep"].dtype
+        return timestep.to(dtype) / 1000
