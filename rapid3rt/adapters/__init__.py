@@ -3,8 +3,13 @@
 
 from rapid3rt.adapters.base import Adapter
 from rapid3rt.adapters.flux import FluxAdapter
+from rapid3rt.adapters.qwen import QwenAdapter
 from rapid3rt.adapters.sd3 import SD3Adapter
 
-ADAPTERS: tuple[Adapter, ...] = (SD3Adapter(), FluxAdapter())
+ADAPTERS: tuple[Adapter, ...] = (
+    SD3Adapter(),
+    FluxAdapter(),
+    QwenAdapter(),
+)
 
-__all__ = ["ADAPTERS", "Adapter", "FluxAdapter", "SD3Adapter"]
+__all__ = ["ADAPTERS", "Adapter", "FluxAdapter", "QwenAdapter", "SD3Adapter"]
