@@ -3,6 +3,7 @@
 
 from rapid3rt.adapters.base import Adapter
 from rapid3rt.adapters.flux import FluxAdapter
+from rapid3rt.adapters.flux2 import Flux2Adapter
 from rapid3rt.adapters.qwen import QwenAdapter
 from rapid3rt.adapters.sd3 import SD3Adapter
 
@@ -10,6 +11,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     SD3Adapter(),
     FluxAdapter(),
     QwenAdapter(),
+    Flux2Adapter(),
 )
 
-__all__ = ["ADAPTERS", "Adapter", "FluxAdapter", "QwenAdapter", "SD3Adapter"]
+__all__ = ["ADAPTERS", "Adapter", "Flux2Adapter", "FluxAdapter", "QwenAdapter", "SD3Adapter"]

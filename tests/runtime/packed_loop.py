@@ -41,7 +41,7 @@ WORDS = (
     Word("cccccc", ON_GRID),
     Word("crc", (0.61, 0.2, 0.0)),
     Word("3", (0.0,)),
-    Word("crr1cr", (0.97, 0.8, 0.55, 4, 0.1, 0.0)),
+    Word("crr1cr", (0.97, 0.8, 0.6, 5, 0.01, 0.0)),
 )
 TICKS = 6
 
