@@ -49,7 +49,7 @@ TICKS = 6
 class Scripted:
     """A policy by which every image plays its own word.
 
-    at_done: the largest velocity that it saw of an image that was done; NaN counts.
+    latents: what it saw at the first tick. at_done: the largest velocity that it saw of a finished image; NaN counts.
     """
 
     name = "scripted"
@@ -57,13 +57,15 @@ class Scripted:
     def __init__(self, words: Sequence[Word]) -> None:
         self.words = words
         self.grid: tuple[float, ...] = ()
-        self.at_done = torch.zeros(())
+        self.latents = self.at_done = torch.zeros(())
 
     def begin(self, run: Run) -> None:
         assert (run.images, run.ticks) == (len(self.words), TICKS)
         self.grid = run.sigmas
 
     def decide_compute(self, state: DenoiseState) -> ComputeDecision:
+        if state.tick == 0:
+            self.latents = state.latents
         now = [word.actions[state.tick : state.tick + 1] for word in self.words]
         action = torch.tensor([REUSE if a == "r" else COMPUTE for a in now], dtype=torch.int8)
         levels = torch.tensor([int(a) if a.isdigit() else 0 for a in now], dtype=torch.int32)

@@ -7,6 +7,7 @@ Prompts of a batch differ in length; what pads them is noise that nobody may see
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from typing import Any
 
@@ -63,7 +64,9 @@ def make(cls: Any = QwenImagePipeline, dtype: torch.dtype = torch.float32, **con
     )
     with torch.no_grad():
         for name, weight in transformer.transformer_blocks.named_parameters():
-            if ".attn." in name:
+            if ".attn.norm" in name:
+                weight.uniform_(1, 3)  # the same everywhere would hide one taken for another
+            elif ".attn." in name:
                 weight.mul_(2)
     vae = AutoencoderKLQwenImage(
         base_dim=8,
@@ -180,6 +183,17 @@ def test_fewer_steps_are_the_plain_fewer_steps(cfg: bool) -> None:
     assert torch.equal(plain, call(pipe, arguments, 7))
 
 
+def test_trim_walks_the_shift_of_the_image_size_and_no_terminal() -> None:
+    pipe, arguments = make(), inputs(1)
+    rapid3rt.accelerate(pipe, "steps:4/trim")
+    call(pipe, arguments, 8)
+    shift = math.exp(0.5 + (1.15 - 0.5) * (168 - 64) / (4096 - 64))
+    walked = [tick.next_sigma for tick in rapid3rt.report(pipe).trace.images[0]]
+    assert walked == pytest.approx(
+        [shift * u / (1 + (shift - 1) * u) for u in (0.75, 0.5, 0.25, 0)]
+    )
+
+
 def test_one_step_of_the_schedulers_own_is_refused_where_it_is_not_defined() -> None:
     """A grid of one sigma cannot be stretched to the terminal: diffusers divides by zero."""
     pipe, arguments = make(), inputs(1)
@@ -265,6 +279,7 @@ def test_decisions_give_the_latents_of_the_slow_loop(cfg: bool, padded: bool) ->
     policy = Scripted(WORDS)
     rapid3rt.accelerate(pipe, policy)
     latents = call(pipe, arguments, TICKS)
+    assert torch.equal(policy.latents, arguments["latents"].mT.unflatten(2, (12, 14)))
     assert policy.at_done == 0  # although the pipeline divides by the norm of what it guides
     report, other = rapid3rt.report(pipe), make()
     for i, word in enumerate(WORDS):
@@ -413,6 +428,7 @@ def test_decisions_of_edit_give_the_latents_of_the_slow_loop(zero_cond_t: bool) 
     policy = Scripted(WORDS)
     rapid3rt.accelerate(pipe, policy)
     latents = call(pipe, arguments | {"image": REFERENCE}, TICKS)
+    assert torch.equal(policy.latents, arguments["latents"].mT.unflatten(2, (12, 14)))
     other = make(zero_cond_t=zero_cond_t)
     for i, word in enumerate(WORDS):
         one = pick(arguments, i)
