@@ -30,7 +30,7 @@ from rapid3rt.runtime.twins import (
 )
 from rapid3rt.runtime.twins.base import real_class, session_of
 from rapid3rt.runtime.twins.scheduler import check_scheduler
-from rapid3rt.runtime.twins.transformer import refuse_compiled
+from rapid3rt.runtime.twins.transformer import check_transformer
 from rapid3rt.types import AUTO, ActionCosts, Policy
 
 BUNDLED_POLICIES = Path(__file__).parent / "tiny" / "assets"
@@ -77,7 +77,7 @@ def accelerate(
     adapter = _find_adapter(pipe)
     controlnet = _find_controlnet(pipe, adapter)
     check_scheduler(pipe.scheduler)
-    refuse_compiled(pipe.transformer)
+    check_transformer(pipe.transformer)
     if attention not in ("exact", "fast"):
         raise ValueError(f"attention must be 'exact' or 'fast', got {attention!r}")
     ops.choose(backend, _device_type(pipe))

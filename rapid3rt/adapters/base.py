@@ -123,8 +123,8 @@ def take(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     return x if rows is None else x.index_select(0, rows)
 
 
-def take_nested(x: Any, rows: torch.Tensor | None) -> Any:
-    """`take` for every tensor of nested lists and tuples."""
+def take_nested(x: Any, rows: torch.Tensor | None, total: int) -> Any:
+    """`take` for every tensor of nested lists and tuples; one of m * total entries holds m for each row."""
     if isinstance(x, torch.Tensor):
-        return take(x, rows)
-    return type(x)(take_nested(item, rows) for item in x)
+        return x if rows is None else take(x.unflatten(0, (total, -1)), rows).flatten(0, 1)
+    return type(x)(take_nested(item, rows, total) for item in x)

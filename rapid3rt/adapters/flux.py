@@ -81,7 +81,8 @@ class FluxAdapter(PackedAdapter):
         attention_kwargs = kwargs.get(self.attention_kwargs)
         if attention_kwargs is not None and "ip_adapter_image_embeds" in attention_kwargs:
             attention_kwargs = dict(attention_kwargs)
-            embeds = take_nested(attention_kwargs.pop("ip_adapter_image_embeds"), rows)
+            embeds = attention_kwargs.pop("ip_adapter_image_embeds")
+            embeds = take_nested(embeds, rows, len(kwargs["hidden_states"]))
             attention_kwargs["ip_hidden_states"] = transformer.encoder_hid_proj(embeds)
         positions = transformer.pos_embed(ids)
         double, single = (kwargs.get(name) for name in self.controlnet.outputs)

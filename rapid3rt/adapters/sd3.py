@@ -13,11 +13,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import SD3ControlNetModel, SD3MultiControlNetModel, SD3Transformer2DModel
-from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
+from diffusers.models.attention_processor import (
+    Attention,
+    JointAttnProcessor2_0,
+    PAGCFGJointAttnProcessor2_0,
+    PAGJointAttnProcessor2_0,
+)
 
 from rapid3rt.adapters.attention import NOT_STOCK, SparseProcessor, attend, exchanged_processors
 from rapid3rt.adapters.base import ControlNetLayout, Embedded, SparseRows, take, take_nested
 from rapid3rt.errors import UnsupportedError
+
+_PERTURBING = (PAGCFGJointAttnProcessor2_0, PAGJointAttnProcessor2_0)
 
 
 class SD3Adapter:
@@ -37,10 +44,12 @@ class SD3Adapter:
         return isinstance(transformer, SD3Transformer2DModel)
 
     def branches(self, pipe: Any, call: int, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
-        """Call 0: uncond and cond in one batch, or cond alone; call 1: skip-layer guidance, conditional rows."""
+        """Call 0: uncond, cond and perturbed rows in one batch, as guided; call 1: skip-layer guidance, cond rows."""
         skip_layers = kwargs.get("skip_layers")
         if call == 0 and skip_layers is None:
-            return ("uncond", "cond") if pipe.do_classifier_free_guidance else ("cond",)
+            guided = ("uncond", "cond") if pipe.do_classifier_free_guidance else ("cond",)
+            perturbs = getattr(pipe, "do_perturbed_attention_guidance", False)
+            return (*guided, "perturbed") if perturbs else guided
         if call == 1 and skip_layers is not None:
             return (f"skip:{','.join(map(str, skip_layers))}",)
         raise UnsupportedError(
@@ -114,7 +123,8 @@ class SD3Adapter:
         if attention_kwargs is not None and "ip_adapter_image_embeds" in attention_kwargs:
             attention_kwargs = dict(attention_kwargs)
             embeds = attention_kwargs.pop("ip_adapter_image_embeds")
-            tokens, ip_temb = transformer.image_proj(take_nested(embeds, rows), timestep)
+            embeds = take_nested(embeds, rows, len(kwargs["hidden_states"]))
+            tokens, ip_temb = transformer.image_proj(embeds, timestep)
             attention_kwargs |= {"ip_hidden_states": tokens, "temb": ip_temb}
         skip_layers = kwargs.get("skip_layers") or ()
         control = kwargs.get("block_controlnet_hidden_states")
@@ -143,7 +153,9 @@ class SD3Adapter:
         return hidden.reshape(len(hidden), channels, height * patch, width * patch)
 
     def dense_only(self, transformer: Any) -> str | None:
-        """Fused projections, IP-adapter and PAG bring processors of their own."""
+        """Fused projections and IP-adapter bring processors of their own; those of PAG count on the rows' order."""
+        if any(isinstance(p, _PERTURBING) for p in transformer.attn_processors.values()):
+            return "perturbed-attention guidance splits the batch by the order of its rows"
         return None if _stock_attention(transformer) else NOT_STOCK
 
     def sparse_attention(

@@ -136,8 +136,9 @@ class Session:
         if grid.stay_on_grid and (leaves_grid or regrids):
             raise UnsupportedError(
                 f"policy {choice.name!r} moves images off the pipeline's grid, but this call counts something in steps "
-                "(skip-layer guidance, a ControlNet window or a pipeline callback); use a policy that stays on it, "
-                "such as 'dense' or 'threshold:0.1' (a policy object says so with leaves_grid = False)"
+                "(skip-layer guidance, an adaptive PAG scale, a ControlNet window or a pipeline callback); use a "
+                "policy that stays on it, such as 'dense' or 'threshold:0.1' (a policy object says so with "
+                "leaves_grid = False)"
             )
         self._state = _RunState(choice=choice, grid=grid)
 
@@ -403,6 +404,11 @@ class Session:
             self._release(run)
         run.tick += 1
         return latents
+
+    def release(self) -> None:
+        """The pipeline's call is over, interrupted or not."""
+        if self._state is not None:
+            self._release(self._state)
 
     def _release(self, run: _RunState) -> None:
         """Nothing but the trace outlives a run."""

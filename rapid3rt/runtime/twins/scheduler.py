@@ -34,7 +34,7 @@ def make_scheduler_twin(real: Any, session: Session) -> Any:
     """
     check_scheduler(real)
     overrides = {"set_timesteps": set_timesteps, "step": step, "scale_noise": scale_noise}
-    overrides["set_begin_index"] = set_begin_index
+    overrides |= {"set_begin_index": set_begin_index, "_reset_stateful_cache": end_call}
     twin = copy.copy(real)
     twin.__class__ = twin_class(type(real), session, overrides)
     return twin
@@ -108,6 +108,11 @@ def set_timesteps(
     )
 
 
+def end_call(self: Any) -> None:
+    """Let go of the run's tensors. Pipelines call this at their end on every component that has it."""
+    type(self)._rapid3rt_session.release()
+
+
 def _is_even(sigmas: Any) -> bool:
     """Whether these are the sigmas that FLUX and Qwen pipelines pass by themselves, and not a user's own."""
     n = len(sigmas)
@@ -123,12 +128,13 @@ def _shift(scheduler: Any, mu: float | None) -> float:
 
 
 def _counts_in_ticks(frame: FrameType) -> bool:
-    """Whether something counts loop iterations: skip-layer guidance, a ControlNet window, or a cutoff callback."""
+    """Whether something goes by the loop's iterations: skip-layer or adaptive guidance, a window, a cutoff callback."""
     arguments = frame.f_locals
     callback = arguments.get("callback_on_step_end")
     starts, ends = (arguments.get(f"control_guidance_{side}") for side in ("start", "end"))
     return (
         bool(arguments.get("skip_guidance_layers"))
+        or bool(arguments.get("pag_adaptive_scale"))
         or isinstance(callback, PipelineCallback | MultiPipelineCallbacks)
         or any(start > 0 for start in _as_list(starts))
         or any(end < 1 for end in _as_list(ends))

@@ -52,15 +52,25 @@ def _call_with(
     session: ForwardSession, lock: threading.RLock, attention_kwargs: str
 ) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        refuse_compiled(self)
+        check_transformer(self)
         with lock, _window(self, session, attention_kwargs):
             return torch.nn.Module.__call__(self, *args, **kwargs)
 
     return call
 
 
-def refuse_compiled(transformer: Any) -> None:
-    """Raise UnsupportedError where the whole transformer was compiled in place."""
+def check_transformer(transformer: Any) -> None:
+    """Refuse what stands between us and the blocks.
+
+    Raises
+    ------
+    UnsupportedError: the whole transformer was compiled in place, or a cache of diffusers is enabled on it.
+    """
+    if getattr(transformer, "is_cache_enabled", False):
+        raise UnsupportedError(
+            "the transformer's own cache would skip blocks behind the plan, for the whole batch at once; "
+            "call pipe.transformer.disable_cache() first"
+        )
     if transformer._compiled_call_impl is None:
         return
     # diffusers knows the repeated blocks of some families only; SD3 is not among them.
