@@ -38,13 +38,14 @@ class ControlNetLayout:
 
     classes: what `pipe.controlnet` may be, Multi classes included. outputs: the transformer's arguments that take what
     it returns, in its order. rows: its arguments that hold one entry per row. per_net: those of them of which a Multi
-    takes one per net.
+    takes one per net. is_bare: whether it returns its only output as it is, and not a tuple of outputs.
     """
 
     classes: tuple[type, ...]
     outputs: tuple[str, ...]
     rows: tuple[str, ...]
     per_net: tuple[str, ...]
+    is_bare: bool = False
 
 
 NO_CONTROLNET = ControlNetLayout(classes=(), outputs=(), rows=(), per_net=())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen-Image (text-to-image, img2img, inpaint, Edit): text tokens first, packed latents, double blocks only.
+"""Qwen-Image (text-to-image, img2img, inpaint, Edit, ControlNet): text first, packed latents, double blocks only.
 
 The loop calls the diffusers blocks as they are, so LoRA, quantised linears and regional compilation keep working.
 Noise tokens are those of the first entry of `img_shapes` (Edit appends reference images). Prompts of one batch differ
@@ -14,7 +14,11 @@ from math import prod
 from typing import Any
 
 import torch
-from diffusers import QwenImageTransformer2DModel
+from diffusers import (
+    QwenImageControlNetModel,
+    QwenImageMultiControlNetModel,
+    QwenImageTransformer2DModel,
+)
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_qwenimage import (
     QwenDoubleStreamAttnProcessor2_0,
@@ -28,7 +32,7 @@ from rapid3rt.adapters.attention import (
     block_sparse,
     exchanged_processors,
 )
-from rapid3rt.adapters.base import NO_CONTROLNET, Embedded, SparseRows, take
+from rapid3rt.adapters.base import ControlNetLayout, Embedded, SparseRows, take
 from rapid3rt.adapters.packed import PackedAdapter
 from rapid3rt.errors import UnsupportedError
 
@@ -41,7 +45,16 @@ class QwenAdapter(PackedAdapter):
 
     family = "qwen"
     attention_kwargs = "attention_kwargs"
-    controlnet = NO_CONTROLNET
+    controlnet = ControlNetLayout(
+        classes=(QwenImageControlNetModel, QwenImageMultiControlNetModel),
+        outputs=("controlnet_block_samples",),
+        rows=(
+            *("hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask"),
+            "controlnet_cond",
+        ),
+        per_net=("controlnet_cond",),
+        is_bare=True,
+    )
 
     def supports(self, transformer: Any) -> bool:
         """Whether the transformer is a Qwen-Image one; layered images and guidance embeddings are refused."""
@@ -87,7 +100,7 @@ class QwenAdapter(PackedAdapter):
         self, transformer: Any, kwargs: Mapping[str, Any], embedded: Embedded, rows: torch.Tensor | None,
         timestep: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
-        """All blocks; positions are the same for every row."""
+        """All blocks; positions are the same for every row. A ControlNet may have fewer blocks than the transformer."""
         image, temb, is_reference = embedded.image, embedded.temb, None
         shapes = _shapes(kwargs)
         if transformer.zero_cond_t:
@@ -101,7 +114,8 @@ class QwenAdapter(PackedAdapter):
             text, None if mask is None else take(mask, rows)
         )
         positions = transformer.pos_embed([shapes], max_txt_seq_len=num_text, device=image.device)
-        for block in transformer.transformer_blocks:
+        blocks, control = transformer.transformer_blocks, kwargs.get("controlnet_block_samples")
+        for i, block in enumerate(blocks):
             text, image = block(
                 hidden_states=image,
                 encoder_hidden_states=text,
@@ -111,6 +125,8 @@ class QwenAdapter(PackedAdapter):
                 joint_attention_kwargs=kwargs.get(self.attention_kwargs),
                 modulate_index=is_reference,
             )
+            if control is not None:
+                image = image + control[i // -(-len(blocks) // len(control))]
         return image
 
     def finish(

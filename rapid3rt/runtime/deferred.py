@@ -55,9 +55,10 @@ class DeferredCall:
         """Rows that the pipeline called it with."""
         return len(self._arguments["hidden_states"])
 
-    def handles(self) -> tuple[Deferred, ...]:
+    def handles(self) -> Deferred | tuple[Deferred, ...]:
         """What the pipeline gets instead of tensors, in the shape that it unpacks."""
-        return tuple(Deferred(self, i) for i in range(len(self._layout.outputs)))
+        handles = tuple(Deferred(self, i) for i in range(len(self._layout.outputs)))
+        return handles[0] if self._layout.is_bare else handles
 
     def samples(self, rows: list[int], time: torch.Tensor) -> tuple[Samples, ...]:
         """Samples of some rows, in this order; runs the net for those that it has not run for.
@@ -81,8 +82,8 @@ class DeferredCall:
         for name in self._layout.rows:
             if name in arguments:
                 arguments[name] = self._gather(name, arguments[name], index)
-        samples: tuple[Samples, ...] = self._net(**arguments)
-        return samples
+        samples = self._net(**arguments)
+        return (samples,) if self._layout.is_bare else samples
 
     def _gather(self, name: str, value: Any, index: torch.Tensor | None) -> Any:
         """Some rows of one argument. What has one row is meant for all of them."""

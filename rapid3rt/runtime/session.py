@@ -166,7 +166,7 @@ class Session:
 
     # The forward half of a tick ------------------------------------------------------------------------------------
 
-    def defer(self, net: Any, arguments: dict[str, Any]) -> tuple[Deferred, ...]:
+    def defer(self, net: Any, arguments: dict[str, Any]) -> Deferred | tuple[Deferred, ...]:
         """A ControlNet call, which the pipeline makes before the transformer's: kept until rows are planned."""
         self._require_run("ControlNet", is_called=True)
         return DeferredCall(net, arguments, self.adapter.controlnet).handles()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -438,6 +439,61 @@ def test_decisions_of_edit_give_the_latents_of_the_slow_loop(zero_cond_t: bool) 
         assert relative_error(latents[i], walked[0]) <= TOLERANCE, i
 
 
+def controlled() -> Any:
+    """A pipeline whose ControlNet has three blocks for the five of the transformer, with outputs that are not zero."""
+    parts = make(num_layers=5).components
+    torch.manual_seed(1)
+    net = QwenImageControlNetModel(
+        in_channels=16, num_layers=3, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    for name, weight in net.named_parameters():
+        if name.startswith("controlnet_"):
+            torch.nn.init.normal_(weight, std=0.3)
+    pipe = QwenImageControlNetPipeline(**parts, controlnet=net.eval())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@dataclass
+class Controlled(Qwen):
+    """net: the ControlNet. condition: what it sees beside the noise. The negative branch shares its samples."""
+
+    net: Any = None
+    condition: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    samples: Any = None
+
+    def compute(self, branch: int, x: torch.Tensor, sigma: float, level: int) -> torch.Tensor:
+        if branch == 0:
+            given = Qwen.arguments(self, 0, sigma)
+            self.samples = self.net(x, self.condition, **given, return_dict=False)
+        return super().compute(branch, x, sigma, level)
+
+    def arguments(self, branch: int, sigma: float) -> Arguments:
+        return super().arguments(branch, sigma) | {"controlnet_block_samples": self.samples}
+
+
+@guidances
+def test_a_controlnet_runs_for_the_images_that_compute_each_at_its_own_sigma(cfg: bool) -> None:
+    pipe, arguments = controlled(), inputs(len(WORDS), cfg)
+    arguments["control_image"] = pictures(len(WORDS))
+    seen = list[torch.Tensor]()
+    embedder = pipe.controlnet.controlnet_x_embedder
+    handle = embedder.register_forward_pre_hook(lambda _, given: seen.append(*given))
+    call(pipe, arguments, 2)
+    handle.remove()
+    policy, other = Scripted(WORDS), controlled()
+    rapid3rt.accelerate(pipe, policy)
+    latents = call(pipe, arguments, TICKS)
+    for i, word in enumerate(WORDS):
+        one = pick(arguments, i)
+        loop = Controlled(
+            **vars(loop_of(other, one)), net=other.controlnet, condition=seen[0][i : i + 1]
+        )
+        walked = denoise(loop, one["latents"], word, policy.grid)
+        assert relative_error(latents[i], walked[0]) <= TOLERANCE, i
+
+
 # It stays a pipeline -------------------------------------------------------------------------------------------------
 
 
@@ -493,17 +549,6 @@ def test_check_says_what_is_supported() -> None:
     layered = rapid3rt.check(make(use_layer3d_rope=True))
     assert not layered.supported
     assert "use_layer3d_rope of the Qwen-Image transformer must be off" in str(layered)
-
-
-def test_a_controlnet_is_refused() -> None:
-    plain = make()
-    net = QwenImageControlNetModel(
-        in_channels=16, num_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, axes_dims_rope=(4, 6, 6),
-    )  # fmt: skip
-    pipe = QwenImageControlNetPipeline(**plain.components, controlnet=net)
-    with pytest.raises(rapid3rt.UnsupportedError, match="controlnet must be None on qwen"):
-        rapid3rt.accelerate(pipe, "dense")
 
 
 def test_other_processors_run_dense_and_say_so() -> None:

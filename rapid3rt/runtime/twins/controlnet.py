@@ -20,7 +20,7 @@ from rapid3rt.runtime.twins.base import twin_class
 class DeferringSession(Protocol):
     """What the twin needs of a session."""
 
-    def defer(self, net: Any, arguments: dict[str, Any]) -> tuple[Any, ...]:
+    def defer(self, net: Any, arguments: dict[str, Any]) -> Any:
         """Keep one call; returns what the pipeline unpacks and hands to the transformer."""
 
 
@@ -36,7 +36,7 @@ def make_controlnet_twin(real: torch.nn.Module, session: DeferringSession) -> to
 def _call_with(session: DeferringSession, real: torch.nn.Module) -> Callable[..., Any]:
     signature = inspect.signature(type(real).forward)
 
-    def call(self: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = dict(signature.bind(self, *args, **kwargs).arguments)
         del arguments["self"]
         if arguments.get("return_dict", True):
