@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 CPP := $(sort $(shell find csrc -name '*.cpp' -o -name '*.h'))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint bench golden gpu-check clean
+.PHONY: help demo test check lint bench golden matrix gpu-check clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -40,6 +40,10 @@ bench: $(VENV)/.built ## Time every op against its named rival
 golden: $(VENV)/.built ## Write the golden files anew and show what changed
 	$(BIN)/python -m pytest tests -m "not cuda" -k golden -q --write-golden
 	git --no-pager diff --stat -- tests/golden
+
+matrix: $(VENV)/.built ## Run the identity matrix; write docs/matrix.md and the README's table anew
+	$(BIN)/python tests/matrix/table.py
+	git --no-pager diff --stat -- docs README.md
 
 gpu-check: $(VENV)/.built ## On a machine with a CUDA GPU: the GPU tests
 	@$(BIN)/python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'gpu-check: this machine has no CUDA GPU that torch can use')"
