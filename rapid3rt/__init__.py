@@ -10,10 +10,11 @@ rapid3rt.restore(pipe)
 
 from rapid3rt.calibrate import calibrate
 from rapid3rt.errors import StateError, UnsupportedError
-from rapid3rt.pipeline import accelerate, check, report, restore
+from rapid3rt.pipeline import accelerate, report, restore
 from rapid3rt.planning.trace import package_version
 from rapid3rt.runtime.report import Report
 from rapid3rt.runtime.trace import Trace
+from rapid3rt.support import check
 from rapid3rt.tiny import load_tiny
 
 __version__ = package_version()

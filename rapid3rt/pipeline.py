@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""accelerate, restore, report, check: the only place that wires adapters, policies and the session together."""
+"""accelerate, restore, report: the only place that wires adapters, policies and the session together."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ def accelerate(
     StateError: the pipeline is accelerated already.
     """
     _refuse_twins(pipe)
-    adapter = _find_adapter(pipe)
-    controlnet = _find_controlnet(pipe, adapter)
+    adapter = find_adapter(pipe)
+    controlnet = find_controlnet(pipe, adapter)
     check_scheduler(pipe.scheduler)
     check_transformer(pipe.transformer)
     if attention not in ("exact", "fast"):
         raise ValueError(f"attention must be 'exact' or 'fast', got {attention!r}")
-    ops.choose(backend, _device_type(pipe))
+    ops.choose(backend, device_type(pipe))
     _check_dial(budget, speed)
     model = model_id(pipe.transformer)
     source = _resolve(policy, model, adapter.family)
@@ -125,54 +125,6 @@ def report(pipe: Any) -> Report:
     return _session(pipe).report()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """Answer of `check`: plain sentences. supported: whether `accelerate` would work."""
-
-    supported: bool
-    lines: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return "\n".join(self.lines)
-
-
-def check(pipe: Any) -> Check:
-    """Say in plain words what acceleration can do for this pipeline, without changing it."""
-    lines, supported, part = [], True, "transformer"
-    try:
-        adapter = _find_adapter(pipe)
-        lines.append(
-            f"transformer: {type(pipe.transformer).__name__} ({adapter.family}), supported"
-        )
-        part = "controlnet"
-        if (controlnet := _find_controlnet(pipe, adapter)) is not None:
-            name = type(controlnet).__name__
-            lines.append(f"controlnet: {name}, runs for images that compute, at their own sigma")
-    except UnsupportedError as error:
-        supported = False
-        lines.append(f"{part}: not supported: {error}")
-    try:
-        check_scheduler(getattr(pipe, "scheduler", None))
-        lines.append(
-            f"scheduler: {type(pipe.scheduler).__name__}, every image may have its own sigma"
-        )
-    except UnsupportedError as error:
-        supported = False
-        lines.append(f"scheduler: not supported: {error}")
-    if supported:
-        model = model_id(pipe.transformer)
-        bundled = _bundled(model)
-        name = (
-            bundled.name
-            if bundled
-            else "none bundled; run rapid3rt.calibrate(pipe, prompts, out=DIR) once"
-        )
-        lines.append(f"policy of model {model}: {name}")
-        device = _device_type(pipe)
-        lines.append(f"kernels: {ops.choose(None, device)} on {device}")
-    return Check(supported=supported, lines=tuple(lines))
-
-
 def model_id(transformer: Any) -> str:
     """Name of a transformer by its class and configuration: what traces and policy folders are made for."""
     config = {k: v for k, v in dict(transformer.config).items() if not k.startswith("_")}
@@ -213,7 +165,7 @@ def _resolve(policy: str | Policy, model: str, family: str) -> _Source:
     folder = _folder(policy)
     if folder is None:
         parsed = parse(policy)
-        bundled = _bundled(model)
+        bundled = bundled_policy(model)
         if bundled is None:
             return _Source(policy=parsed, name=policy, costs=ActionCosts())
         known = PolicyFolder.load(bundled)
@@ -237,7 +189,7 @@ def _resolve(policy: str | Policy, model: str, family: str) -> _Source:
 
 def _automatic(model: str) -> _Source:
     """The bundled policy of this model, else the best rule that needs no learning."""
-    bundled = _bundled(model)
+    bundled = bundled_policy(model)
     if bundled is not None:
         loaded = PolicyFolder.load(bundled)
         schedule = ScheduleFamily(loaded.schedule, name="searched schedule family (bundled)")
@@ -311,7 +263,8 @@ def _check_dial(budget: int | None, speed: float | None) -> None:
         check_number("speed", speed, lambda s: s >= 1, "a finite number of at least 1")
 
 
-def _find_adapter(pipe: Any) -> Adapter:
+def find_adapter(pipe: Any) -> Adapter:
+    """The adapter of a pipeline's transformer. UnsupportedError: there is none, or it refuses this variant."""
     transformer = getattr(pipe, "transformer", None)
     adapter = next(
         (a for a in ADAPTERS if transformer is not None and a.supports(transformer)), None
@@ -320,13 +273,13 @@ def _find_adapter(pipe: Any) -> Adapter:
     if adapter is None:
         raise UnsupportedError(
             f"transformer must be of a supported family ({families}), got {type(transformer).__name__} "
-            f"in {type(pipe).__name__}"
+            f"in {type(pipe).__name__}; use it as it is: nothing has been changed"
         )
     return adapter
 
 
-def _find_controlnet(pipe: Any, adapter: Adapter) -> Any:
-    """The pipeline's ControlNet, None where it has none."""
+def find_controlnet(pipe: Any, adapter: Adapter) -> Any:
+    """The pipeline's ControlNet, None where it has none. UnsupportedError: it is not of the transformer's family."""
     controlnet, classes = getattr(pipe, "controlnet", None), adapter.controlnet.classes
     if controlnet is not None and not isinstance(controlnet, classes):
         names = ", ".join(c.__name__ for c in classes)
@@ -357,7 +310,8 @@ def _folder(policy: str) -> Path | None:
     return None
 
 
-def _bundled(model: str) -> Path | None:
+def bundled_policy(model: str) -> Path | None:
+    """Folder of the policy that the package carries for a model, None where there is none."""
     for config in sorted(BUNDLED_POLICIES.glob("*/policy/config.json")):
         if json.loads(config.read_text())["model"] == model:
             return config.parent
@@ -396,11 +350,11 @@ def _refuse_twins(pipe: Any) -> None:
             )
 
 
-def _device_type(pipe: Any) -> str:
+def device_type(pipe: Any) -> str:
     """Where the transformer runs; its weights may be elsewhere while they are offloaded."""
     device = getattr(pipe, "_execution_device", None) or pipe.transformer.device
     kind: str = device.type
     return kind
 
 
-__all__ = ["Check", "accelerate", "check", "model_id", "report", "restore"]
+__all__ = ["accelerate", "model_id", "report", "restore"]

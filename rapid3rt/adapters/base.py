@@ -70,6 +70,12 @@ class Adapter(Protocol):
     def mu(self, arguments: Mapping[str, Any], mu: float | None, steps: int) -> float | None:
         """What the pipeline would pass as `mu` for another number of steps. arguments: the locals of its call."""
 
+    def is_few_step(self, pipe: Any) -> bool:
+        """Whether the pipeline says that its model was distilled to a few steps, so that none can be spared."""
+
+    def patch(self, transformer: Any) -> int:
+        """Latent pixels along one side of an image token."""
+
     def resolution(self, transformer: Any, kwargs: Mapping[str, Any]) -> tuple[int, int]:
         """Noise tokens as (rows, columns). Asked once a run; may read the device."""
 
@@ -109,6 +115,9 @@ class Adapter(Protocol):
         self, transformer: Any, kwargs: Mapping[str, Any], hidden: torch.Tensor, temb: torch.Tensor
     ) -> torch.Tensor:
         """Final norm and projection, as the pipeline expects it: `[A, C, h, w]` or `[A, I, C]`."""
+
+    def stock_attention(self, transformer: Any) -> list[Any]:
+        """Attention modules that sparse levels act on: those with the stock processor and separate projections."""
 
     def dense_only(self, transformer: Any) -> str | None:
         """Why sparse levels must run dense on this transformer; None where they need not."""

@@ -45,6 +45,10 @@ class FluxAdapter(PackedAdapter):
         """Whether the transformer is a FLUX.1 one."""
         return isinstance(transformer, FluxTransformer2DModel)
 
+    def is_few_step(self, pipe: Any) -> bool:
+        """Of the models of this class, schnell alone has no guidance embedding."""
+        return not pipe.transformer.config.guidance_embeds
+
     def resolution(self, transformer: Any, kwargs: Mapping[str, Any]) -> tuple[int, int]:
         """From the position ids of the noise tokens."""
         return noise_grid(kwargs["img_ids"])
@@ -111,26 +115,25 @@ class FluxAdapter(PackedAdapter):
         out: torch.Tensor = transformer.proj_out(transformer.norm_out(hidden, temb))
         return out
 
+    def stock_attention(self, transformer: Any) -> list[Any]:
+        """Attention modules of both kinds of blocks with the stock processor and unfused projections."""
+        blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
+        return [
+            block.attn
+            for block in blocks
+            if type(block.attn.processor) is FluxAttnProcessor and not block.attn.fused_projections
+        ]
+
     def dense_only(self, transformer: Any) -> str | None:
         """Fused projections, IP-adapter and PAG bring processors of their own, or none we can stand in for."""
-        return None if _stock_attention(transformer) else NOT_STOCK
+        return None if self.stock_attention(transformer) else NOT_STOCK
 
     def sparse_attention(
         self, transformer: Any, kwargs: Mapping[str, Any], rows: SparseRows
     ) -> AbstractContextManager[None]:
         """Our processor where the stock one sits, in double and single blocks."""
         processor = partial(SparseFluxProcessor, num_text=kwargs["encoder_hidden_states"].shape[1])
-        return exchanged_processors(_stock_attention(transformer), processor, rows)
-
-
-def _stock_attention(transformer: Any) -> list[Any]:
-    """Attention modules of both kinds of blocks whose processor is the stock one and whose projections are unfused."""
-    blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
-    return [
-        block.attn
-        for block in blocks
-        if type(block.attn.processor) is FluxAttnProcessor and not block.attn.fused_projections
-    ]
+        return exchanged_processors(self.stock_attention(transformer), processor, rows)
 
 
 class SparseFluxProcessor(SparseProcessor):

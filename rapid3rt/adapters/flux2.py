@@ -115,9 +115,19 @@ class Flux2Adapter(PackedAdapter):
         out: torch.Tensor = transformer.proj_out(transformer.norm_out(hidden, temb))
         return out
 
+    def stock_attention(self, transformer: Any) -> list[Any]:
+        """Attention modules of both kinds of blocks with the stock processor and unfused projections."""
+        blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
+        return [
+            block.attn
+            for block in blocks
+            if type(block.attn.processor) in (Flux2AttnProcessor, Flux2ParallelSelfAttnProcessor)
+            and not getattr(block.attn, "fused_projections", False)
+        ]
+
     def dense_only(self, transformer: Any) -> str | None:
         """Fused projections and the processors of the key-value cache are none we can stand in for."""
-        return None if _stock_attention(transformer) else NOT_STOCK
+        return None if self.stock_attention(transformer) else NOT_STOCK
 
     def sparse_attention(
         self, transformer: Any, kwargs: Mapping[str, Any], rows: SparseRows
@@ -131,18 +141,7 @@ class Flux2Adapter(PackedAdapter):
                 rows, stock, num_text
             )
 
-        return exchanged_processors(_stock_attention(transformer), processor, rows)
-
-
-def _stock_attention(transformer: Any) -> list[Any]:
-    """Attention modules of both kinds of blocks whose processor is the stock one and whose projections are unfused."""
-    blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
-    return [
-        block.attn
-        for block in blocks
-        if type(block.attn.processor) in (Flux2AttnProcessor, Flux2ParallelSelfAttnProcessor)
-        and not getattr(block.attn, "fused_projections", False)
-    ]
+        return exchanged_processors(self.stock_attention(transformer), processor, rows)
 
 
 class _SparseParallelProcessor(SparseProcessor):

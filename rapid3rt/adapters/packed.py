@@ -27,6 +27,14 @@ class PackedAdapter:
         """The pipelines shift by the size of the image alone."""
         return mu
 
+    def is_few_step(self, pipe: Any) -> bool:
+        """FLUX.2 Klein's pipelines carry a flag."""
+        return bool(pipe.config.get("is_distilled"))
+
+    def patch(self, transformer: Any) -> int:
+        """All of them pack 2 x 2."""
+        return 2
+
     def observe(
         self, transformer: Any, kwargs: Mapping[str, Any], images: int, resolution: tuple[int, int]
     ) -> torch.Tensor:

@@ -137,15 +137,23 @@ class QwenAdapter(PackedAdapter):
         out: torch.Tensor = transformer.proj_out(hidden)
         return out
 
+    def stock_attention(self, transformer: Any) -> list[Any]:
+        """Attention modules whose processor is the stock one."""
+        return [
+            block.attn
+            for block in transformer.transformer_blocks
+            if type(block.attn.processor) is QwenDoubleStreamAttnProcessor2_0
+        ]
+
     def dense_only(self, transformer: Any) -> str | None:
         """Other processors are none we can stand in for."""
-        return None if _stock_attention(transformer) else NOT_STOCK
+        return None if self.stock_attention(transformer) else NOT_STOCK
 
     def sparse_attention(
         self, transformer: Any, kwargs: Mapping[str, Any], rows: SparseRows
     ) -> AbstractContextManager[None]:
         """Our processor where the stock one sits."""
-        return exchanged_processors(_stock_attention(transformer), _SparseQwenProcessor, rows)
+        return exchanged_processors(self.stock_attention(transformer), _SparseQwenProcessor, rows)
 
 
 def _shapes(kwargs: Mapping[str, Any]) -> list[tuple[int, int, int]]:
@@ -154,15 +162,6 @@ def _shapes(kwargs: Mapping[str, Any]) -> list[tuple[int, int, int]]:
     if any(shape != shapes[0] for shape in shapes):
         raise UnsupportedError(f"img_shapes must be the same for every image, got {shapes}")
     return shapes[0] if isinstance(shapes[0], list) else [shapes[0]]
-
-
-def _stock_attention(transformer: Any) -> list[Any]:
-    """Attention modules whose processor is the stock one."""
-    return [
-        block.attn
-        for block in transformer.transformer_blocks
-        if type(block.attn.processor) is QwenDoubleStreamAttnProcessor2_0
-    ]
 
 
 class _SparseQwenProcessor(SparseProcessor):

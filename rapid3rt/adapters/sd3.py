@@ -61,6 +61,15 @@ class SD3Adapter:
         """The pipelines shift by the size of the image alone."""
         return mu
 
+    def is_few_step(self, pipe: Any) -> bool:
+        """Nothing in a pipeline tells a Turbo from another SD3.5."""
+        return False
+
+    def patch(self, transformer: Any) -> int:
+        """As the model says."""
+        patch: int = transformer.config.patch_size
+        return patch
+
     def resolution(self, transformer: Any, kwargs: Mapping[str, Any]) -> tuple[int, int]:
         """Latent size over patch size."""
         patch = transformer.config.patch_size
@@ -152,27 +161,26 @@ class SD3Adapter:
         hidden = torch.einsum("nhwpqc->nchpwq", hidden)
         return hidden.reshape(len(hidden), channels, height * patch, width * patch)
 
+    def stock_attention(self, transformer: Any) -> list[Any]:
+        """Attention modules, joint and dual, whose processor is the stock one."""
+        return [
+            module
+            for block in transformer.transformer_blocks
+            for module in (block.attn, getattr(block, "attn2", None))
+            if module is not None and type(module.processor) is JointAttnProcessor2_0
+        ]
+
     def dense_only(self, transformer: Any) -> str | None:
         """Fused projections and IP-adapter bring processors of their own; those of PAG count on the rows' order."""
         if any(isinstance(p, _PERTURBING) for p in transformer.attn_processors.values()):
             return "perturbed-attention guidance splits the batch by the order of its rows"
-        return None if _stock_attention(transformer) else NOT_STOCK
+        return None if self.stock_attention(transformer) else NOT_STOCK
 
     def sparse_attention(
         self, transformer: Any, kwargs: Mapping[str, Any], rows: SparseRows
     ) -> AbstractContextManager[None]:
         """Our processor where the stock one sits, in joint and dual attention."""
-        return exchanged_processors(_stock_attention(transformer), _SparseJointProcessor, rows)
-
-
-def _stock_attention(transformer: Any) -> list[Any]:
-    """Attention modules, joint and dual, whose processor is the stock one."""
-    return [
-        module
-        for block in transformer.transformer_blocks
-        for module in (block.attn, getattr(block, "attn2", None))
-        if module is not None and type(module.processor) is JointAttnProcessor2_0
-    ]
+        return exchanged_processors(self.stock_attention(transformer), _SparseJointProcessor, rows)
 
 
 class _SparseJointProcessor(SparseProcessor):

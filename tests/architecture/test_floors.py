@@ -30,6 +30,7 @@ FLOORS = {
     "policies": 3,
     "runtime": 4,
     "pipeline": 5,
+    "support": 5,
     "calibrate": 5,
     "tiny": 5,
     "cli": 5,

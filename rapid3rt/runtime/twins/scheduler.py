@@ -41,7 +41,7 @@ def make_scheduler_twin(real: Any, session: Session) -> Any:
 
 
 def check_scheduler(real: Any) -> None:
-    """Refuse what is not plain flow-matching Euler."""
+    """Refuse what is not plain flow-matching Euler: UnsupportedError with what to set instead."""
     if not isinstance(real, FlowMatchEulerDiscreteScheduler):
         raise UnsupportedError(
             f"scheduler must be a FlowMatchEulerDiscreteScheduler, got {type(real).__name__}; set pipe.scheduler = "
@@ -50,7 +50,10 @@ def check_scheduler(real: Any) -> None:
     config: Any = real.config
     for name in ("stochastic_sampling", "invert_sigmas"):
         if config.get(name):
-            raise UnsupportedError(f"scheduler option {name} must be off, got {config[name]}")
+            raise UnsupportedError(
+                f"scheduler option {name} must be off, got {config[name]}; set pipe.scheduler = "
+                f"{type(real).__name__}.from_config(pipe.scheduler.config, {name}=False) first"
+            )
 
 
 def set_timesteps(
