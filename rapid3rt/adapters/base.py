@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
+Widths = tuple[tuple[str, str], ...]  # names of arguments, each with an option of the configuration
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embedded:
@@ -55,10 +57,12 @@ class Adapter(Protocol):
     """One transformer family: where its tensors live, and its loop over blocks.
 
     family: its name. attention_kwargs: the transformer's argument that carries the LoRA scale. controlnet: its nets.
+    widths: its arguments that come from the prompt, one row each, with the option that says how wide they are.
     """
 
     family: str
     attention_kwargs: str
+    widths: Widths
     controlnet: ControlNetLayout
 
     def supports(self, transformer: Any) -> bool:

@@ -20,7 +20,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 
 from rapid3rt.adapters.attention import NOT_STOCK, SparseProcessor, attend, exchanged_processors
-from rapid3rt.adapters.base import ControlNetLayout, Embedded, SparseRows, take, take_nested
+from rapid3rt.adapters.base import ControlNetLayout, Embedded, SparseRows, Widths, take, take_nested
 from rapid3rt.adapters.packed import PackedAdapter
 from rapid3rt.errors import UnsupportedError
 
@@ -30,6 +30,10 @@ class FluxAdapter(PackedAdapter):
 
     family = "flux"
     attention_kwargs = "joint_attention_kwargs"
+    widths: Widths = (
+        ("encoder_hidden_states", "joint_attention_dim"),
+        ("pooled_projections", "pooled_projection_dim"),
+    )
     # img_ids and txt_ids are positions, the same for every row, whatever their first size happens to be.
     controlnet = ControlNetLayout(
         classes=(FluxControlNetModel, FluxMultiControlNetModel),

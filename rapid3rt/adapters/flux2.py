@@ -22,7 +22,7 @@ from diffusers.models.transformers.transformer_flux2 import (
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
 from rapid3rt.adapters.attention import NOT_STOCK, SparseProcessor, attend, exchanged_processors
-from rapid3rt.adapters.base import NO_CONTROLNET, Embedded, SparseRows, take
+from rapid3rt.adapters.base import NO_CONTROLNET, Embedded, SparseRows, Widths, take
 from rapid3rt.adapters.flux import SparseFluxProcessor, dense_attention, noise_grid, plane
 from rapid3rt.adapters.packed import PackedAdapter
 from rapid3rt.errors import UnsupportedError
@@ -33,6 +33,7 @@ class Flux2Adapter(PackedAdapter):
 
     family = "flux2"
     attention_kwargs = "joint_attention_kwargs"
+    widths: Widths = (("encoder_hidden_states", "joint_attention_dim"),)
     controlnet = NO_CONTROLNET
 
     def supports(self, transformer: Any) -> bool:

@@ -32,7 +32,7 @@ from rapid3rt.adapters.attention import (
     block_sparse,
     exchanged_processors,
 )
-from rapid3rt.adapters.base import ControlNetLayout, Embedded, SparseRows, take
+from rapid3rt.adapters.base import ControlNetLayout, Embedded, SparseRows, Widths, take
 from rapid3rt.adapters.packed import PackedAdapter
 from rapid3rt.errors import UnsupportedError
 
@@ -45,6 +45,7 @@ class QwenAdapter(PackedAdapter):
 
     family = "qwen"
     attention_kwargs = "attention_kwargs"
+    widths: Widths = (("encoder_hidden_states", "joint_attention_dim"),)
     controlnet = ControlNetLayout(
         classes=(QwenImageControlNetModel, QwenImageMultiControlNetModel),
         outputs=("controlnet_block_samples",),

@@ -21,7 +21,7 @@ from diffusers.models.attention_processor import (
 )
 
 from rapid3rt.adapters.attention import NOT_STOCK, SparseProcessor, attend, exchanged_processors
-from rapid3rt.adapters.base import ControlNetLayout, Embedded, SparseRows, take, take_nested
+from rapid3rt.adapters.base import ControlNetLayout, Embedded, SparseRows, Widths, take, take_nested
 from rapid3rt.errors import UnsupportedError
 
 _PERTURBING = (PAGCFGJointAttnProcessor2_0, PAGJointAttnProcessor2_0)
@@ -32,6 +32,10 @@ class SD3Adapter:
 
     family = "sd3"
     attention_kwargs = "joint_attention_kwargs"
+    widths: Widths = (
+        ("encoder_hidden_states", "joint_attention_dim"),
+        ("pooled_projections", "pooled_projection_dim"),
+    )
     controlnet = ControlNetLayout(
         classes=(SD3ControlNetModel, SD3MultiControlNetModel),
         outputs=("block_controlnet_hidden_states",),

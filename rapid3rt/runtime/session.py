@@ -188,6 +188,7 @@ class Session:
             )
         if run.plan is not None and run.plan.finished:
             return self._blank(run, hidden)
+        self._check_prompt(transformer, kwargs, len(hidden))
         assert run.images is not None
         assert run.cache is not None
         known = None if run.plan is None else run.plan.active
@@ -218,6 +219,15 @@ class Session:
         )
         run.output = velocity.shape[1:]
         return velocity
+
+    def _check_prompt(self, transformer: Any, kwargs: Mapping[str, Any], rows: int) -> None:
+        """A row of the prompt for each row of latents: fewer would be repeated, or rows taken from another image."""
+        for name, option in self.adapter.widths:
+            value, width = kwargs.get(name), transformer.config[option]
+            if value is not None and (value.shape[0], value.shape[-1]) != (rows, width):
+                raise ValueError(
+                    f"{name} must have {rows} rows of width {width}, got {tuple(value.shape)}"
+                )
 
     def _blank(self, run: _RunState, hidden: torch.Tensor) -> torch.Tensor:
         """The output of a call in which nothing is left to do."""
