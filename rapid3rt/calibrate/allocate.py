@@ -12,7 +12,7 @@ import torch
 
 from rapid3rt.calibrate.measure import Bench, Stop
 from rapid3rt.policies import ScheduleFamily, WarpFamily
-from rapid3rt.policies.allocation import FEWEST, MOST, Allocation
+from rapid3rt.policies.allocation import Allocation, limits
 
 TABLE_STEPS = (4, 5, 6, 8, 10, 14)
 _DIAL = (5, 6, 8, 10, 12, 14)
@@ -37,7 +37,7 @@ def allocate(bench: Bench, family: WarpFamily) -> tuple[WarpFamily, dict[str, fl
     dial, means = [], []
     for b in (b for b in _DIAL if b <= bench.steps):
         policy = ScheduleFamily(allocated, speed=bench.steps / b)
-        key = f"allocated {table}"
+        key = f"allocation {table}"
         dial.append((float(b), bench.evaluations(policy, b, key)))
         means.append(float(bench.errors(policy, b, key).mean()))
     if not all(here[1] < after[1] for here, after in itertools.pairwise(dial)):
@@ -101,7 +101,7 @@ def _gain(log_factor: torch.Tensor, ks: torch.Tensor, logs: torch.Tensor) -> tor
         low, high = math.log(aim) - 3, math.log(aim) + 3
         for _ in range(60):  # the setting whose clipped evaluations have this mean
             middle = (low + high) / 2
-            given = (middle + log_factor).exp().clamp(FEWEST, MOST * aim)
+            given = (middle + log_factor).exp().clamp(*limits(aim, 10**6))
             low, high = (low, middle) if given.mean() > aim else (middle, high)
         with_it = torch.stack([_log_between(float(k), ks, logs[:, i]) for i, k in enumerate(given)])
         without = torch.stack([_log_between(float(aim), ks, logs[:, i]) for i in range(n)])

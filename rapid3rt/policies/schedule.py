@@ -41,6 +41,7 @@ from rapid3rt.policies.base import (
     shift_sigma,
     step_to,
     trimmed_sigmas,
+    unshift_sigma,
 )
 from rapid3rt.types import (
     ACTION_NAMES,
@@ -308,7 +309,9 @@ class ScheduleFamily:
         if self.allocates and run.budget is None:
             assert self.family.allocation is not None
             assert self.speed is not None
-            self._allocator = Allocator(self.family.allocation, run.ticks / self.speed, run)
+            start = warp.inverse(unshift_sigma(run.sigmas[0], run.shift))
+            mean = run.ticks / self.speed
+            self._allocator = Allocator(self.family.allocation, mean, run, start)
             self._time = WarpedTime(run, warp)
 
     def decide_compute(self, state: DenoiseState) -> ComputeDecision:
