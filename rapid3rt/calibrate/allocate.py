@@ -12,7 +12,7 @@ import torch
 
 from rapid3rt.calibrate.measure import Bench, Stop
 from rapid3rt.policies import ScheduleFamily, WarpFamily
-from rapid3rt.policies.allocation import Allocation, limits
+from rapid3rt.policies.allocation import LEAST, MOST, Allocation, limits
 
 TABLE_STEPS = (4, 5, 6, 8, 10, 14)
 _DIAL = (5, 6, 8, 10, 12, 14)
@@ -37,7 +37,7 @@ def allocate(bench: Bench, family: WarpFamily) -> tuple[WarpFamily, dict[str, fl
     dial, means = [], []
     for b in (b for b in _DIAL if b <= bench.steps):
         policy = ScheduleFamily(allocated, speed=bench.steps / b)
-        key = f"allocation {table}"
+        key = f"allocation of {LEAST} to {MOST} {table}"
         dial.append((float(b), bench.evaluations(policy, b, key)))
         means.append(float(bench.errors(policy, b, key).mean()))
     if not all(here[1] < after[1] for here, after in itertools.pairwise(dial)):

@@ -67,7 +67,7 @@ def plot(table: Mapping[str, Mapping[str, float]], path: Path) -> None:
     ks = [int(k) for k in next(iter(table.values()))]
     axes.set_xticks(ks, [str(k) for k in ks])
     axes.minorticks_off()
-    axes.set_xlabel("evaluations per image")
+    axes.set_xlabel("mean evaluations of an image")
     axes.set_ylabel("mean squared error to converged")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -19,8 +19,8 @@ import torch
 from rapid3rt.policies.base import device_list, interpolate
 from rapid3rt.types import DenoiseState, Run
 
-MOST, LEAST, FEWEST = 2.0, 0.5, 2
-"""An image gets at most twice and at least half of the mean, and never less than two evaluations."""
+MOST, LEAST = 2.0, 0.8
+"""An image gets at most twice and at least 0.8 of b: below that, errors rise faster than detail can tell."""
 SLACK = 0.25
 """Of an even step: what may be left over at the end without an evaluation of its own."""
 _TINY = 1e-12
@@ -82,4 +82,4 @@ class Allocator:
 def limits(setting: float, ticks: int) -> tuple[float, float]:
     """Fewest and most evaluations of an image at a setting b."""
     most = min(MOST * setting, float(ticks))
-    return min(max(LEAST * setting, float(FEWEST)), most), most
+    return min(LEAST * setting, most), most

@@ -159,3 +159,20 @@ def test_several_images_of_one_prompt_are_images_of_their_own(pipe: Any) -> None
         plain, pipe(PROMPTS[:2], num_inference_steps=2, generator=noise, **arguments).images
     )
     assert len(rapid3rt.report(pipe).images) == 4
+
+
+def test_a_speed_is_a_mean_and_gives_every_prompt_what_it_gets_alone(pipe: Any) -> None:
+    easy = "a red circle center on plain navy ground"
+    hard = (
+        "a green ring center, a white cross top, a blue square left, a purple diamond right, "
+        "a yellow circle bottom and a red triangle top-left on checkered teal ground"
+    )
+    rapid3rt.accelerate(pipe, speed=4.0)
+    together = call(pipe, 28, [easy, hard], guidance_scale=3.5)
+    spent = [i.nfe for i in rapid3rt.report(pipe).images]
+    assert spent[0] < 7 < spent[1]
+    assert any("mean of 7 evaluations" in note for note in rapid3rt.report(pipe).notes)
+    for i, prompt in enumerate((easy, hard)):
+        alone = call(pipe, 28, [prompt], first=i, guidance_scale=3.5)
+        assert rapid3rt.report(pipe).images[0].nfe == spent[i]
+        torch.testing.assert_close(alone[0], together[i], rtol=1e-4, atol=1e-4)
