@@ -35,7 +35,8 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": commit.stdout.strip(),
-        "command": " ".join(["python", *sys.argv]),
+        # Where things lie on this machine is nobody's business.
+        "command": " ".join(["python", *(a if a[:1] != "/" else Path(a).name for a in sys.argv)]),
     }
 
 

@@ -60,7 +60,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder for pictures and traces")] = Path("demo"),
     model: Annotated[str, typer.Option(help="bundled tiny pipeline")] = "sd3",
     policy: Annotated[str, typer.Option(help="any policy that accelerate takes")] = "auto",
-    speed: Annotated[float, typer.Option(help="plain steps over ours")] = 4.0,
+    speed: Annotated[float, typer.Option(help="plain steps over ours")] = 4.5,
     rival: Annotated[str, typer.Option(help="diffusers solver of the fourth row")] = "DPM++ 2M",
     quick: Annotated[bool, typer.Option(help="time one round instead of three")] = False,
 ) -> None:
