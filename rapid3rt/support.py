@@ -24,7 +24,7 @@ from rapid3rt.pipeline import (
 )
 from rapid3rt.policies.base import evaluations_at
 from rapid3rt.runtime.twins.base import session_of
-from rapid3rt.runtime.twins.scheduler import check_scheduler
+from rapid3rt.runtime.twins.scheduler import check_scheduler, steps_per_image
 from rapid3rt.runtime.twins.transformer import check_transformer
 
 USUAL_STEPS = 28
@@ -116,24 +116,32 @@ def _adapter(pipe: Any) -> Adapter | None:
 
 def _scheduler(pipe: Any) -> str:
     check_scheduler(getattr(pipe, "scheduler", None))
-    return f"{type(pipe.scheduler).__name__}, every image may stand at its own noise level"
+    name = type(pipe.scheduler).__name__
+    if steps_per_image(pipe.scheduler):
+        return f"{name}, every image may stand at its own noise level"
+    return (
+        f"{name} steps all images alike; for steps of their own set pipe.scheduler = "
+        "FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, stochastic_sampling=False)"
+    )
 
 
 def _levels(pipe: Any) -> list[tuple[str, str]]:
     """The three things that a policy decides, and where one of them falls back."""
-    rows = [("steps", "every image skips noise levels on its own")]
-    arguments = inspect.signature(type(pipe).__call__).parameters
-    if counted := [text for name, text in COUNTED.items() if name in arguments]:
-        rows.append(
-            (
-                "steps",
-                f"not under what counts steps ({', '.join(counted)}): there 'steps', 'controller' and schedules are "
-                "refused, 'dense' and 'threshold' work",
-            )
-        )
+    rows = [("steps", text) for text in _steps(pipe)]
     rows.append(("cache", "every image computes or reuses on its own, its guidance branches alike"))
     rows += [("sparsity", text) for text in _sparsity(pipe)]
     return rows
+
+
+def _steps(pipe: Any) -> list[str]:
+    refused = "'steps', 'controller' and schedules are refused, 'dense' and 'threshold' work"
+    if not steps_per_image(pipe.scheduler):
+        return [f"the scheduler's own: {refused}"]
+    texts = ["every image skips noise levels on its own"]
+    arguments = inspect.signature(type(pipe).__call__).parameters
+    if counted := [text for name, text in COUNTED.items() if name in arguments]:
+        texts.append(f"not under what counts steps ({', '.join(counted)}): there {refused}")
+    return texts
 
 
 def _sparsity(pipe: Any) -> list[str]:

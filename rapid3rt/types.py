@@ -39,7 +39,8 @@ class Run:
     sees the grid of that many steps. shift: s of the scheduler's phi(u) = s u / (1 + (s - 1) u).
     stay_on_grid: something counts in ticks (skip-layer guidance, a cutoff callback), so every image must step to the
     next grid point. resolution: image tokens as (rows, columns). model: an id of the model, block_size: (query, key)
-    tile of the sparse kernel; a replay compares both with its trace where they are known.
+    tile of the sparse kernel; a replay compares both with its trace where they are known. scheduler: class name of one
+    that steps all images by itself (then sigmas need not fall strictly nor end at 0), None where steps are per image.
     """
 
     images: int
@@ -54,6 +55,7 @@ class Run:
     stay_on_grid: bool = False
     model: str | None = None
     block_size: tuple[int, int] | None = None
+    scheduler: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -91,10 +91,11 @@ class Plan:
         )
 
 
-BAD_SIGMA, BAD_ORDER = 1, 2
+BAD_SIGMA, BAD_ORDER, BAD_POINT = 1, 2, 3
 _BAD = {
     BAD_SIGMA: ("next_sigma", "a number, got nan"),
     BAD_ORDER: ("order", "0 (auto), 1 (Euler) or 2 (Adams-Bashforth), got another"),
+    BAD_POINT: ("next_sigma", "the next on the scheduler's own list, at order 1, got another"),
 }
 
 
@@ -106,7 +107,7 @@ def plan(
     Parameters
     ----------
     decision: as the policy gave it, budget and forced computes applied.
-    done: bool `[B]`. bad: int32 `[B]`, BAD_SIGMA or BAD_ORDER where the last step decision was that.
+    done: bool `[B]`. bad: int32 `[B]`, BAD_SIGMA, BAD_ORDER or BAD_POINT where the last step decision was that.
     policy_name: for the error messages.
 
     Raises

@@ -73,7 +73,8 @@ class Trace:
     sigmas: the run's own grid (that of `grid_steps` where a policy asked for one), the last 0.
     ticks: iterations of the pipeline's loop. block_q, block_kv: tile sizes of the sparse kernel,
     None where nothing was sparse. tick_ms: wall time of each tick, None when it was not measured.
-    interrupted: the user stopped the run; images may stand above 0.
+    interrupted: the user stopped the run; images may stand above 0. scheduler: class name of one that stepped all
+    images by itself, along sigmas that never rise; None where each image stepped on its own.
     """
 
     model: str
@@ -89,6 +90,7 @@ class Trace:
     costs: ActionCosts = field(default_factory=ActionCosts)
     tick_ms: tuple[float, ...] | None = None
     interrupted: bool = False
+    scheduler: str | None = None
     package: str = field(default_factory=package_version)
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,6 +111,7 @@ class Trace:
             "costs": {**asdict(self.costs), "levels": list(self.costs.levels)},
             "tick_ms": None if self.tick_ms is None else list(self.tick_ms),
             "interrupted": self.interrupted,
+            "scheduler": self.scheduler,
             "images": [{"ticks": [tick.to_dict() for tick in ticks]} for ticks in self.images],
         }
 
@@ -152,6 +155,8 @@ class Trace:
             ),
             tick_ms=None if fields.get("tick_ms") is None else fields.numbers("tick_ms", 0.0),
             interrupted=fields.flag("interrupted"),
+            # Traces from before other schedulers were served have none.
+            scheduler=fields.text("scheduler") if fields.data.get("scheduler") else None,
             package=fields.text("package"),
         )
         _check(trace, fields)
@@ -175,9 +180,7 @@ def _read_image(image: Fields, ticks: int) -> tuple[TraceTick, ...]:
 def _check(trace: Trace, fields: Fields) -> None:
     if not trace.images:
         fields.fail("images", "hold at least one image", [])
-    falling = all(a > b for a, b in zip(trace.sigmas, trace.sigmas[1:], strict=False))
-    if len(trace.sigmas) < 2 or not falling or trace.sigmas[-1] != 0:
-        fields.fail("sigmas", "fall strictly and end at 0", list(trace.sigmas))
+    _check_grid(trace, fields)
     if not trace.costs.levels:
         fields.fail("costs.levels", "hold at least the dense cost", [])
     if trace.tick_ms is not None and len(trace.tick_ms) > trace.ticks:
@@ -185,6 +188,16 @@ def _check(trace: Trace, fields: Fields) -> None:
     if trace.interrupted:
         return
     for i, ticks in enumerate(trace.images):
-        if not ticks or ticks[-1].next_sigma != 0:
+        if not ticks or ticks[-1].next_sigma != trace.sigmas[-1]:
             got = ticks[-1].next_sigma if ticks else "no ticks"
-            fields.fail(f"images[{i}].ticks", "end at sigma 0 (or the trace be interrupted)", got)
+            end = f"end at sigma {trace.sigmas[-1]:g} (or the trace be interrupted)"
+            fields.fail(f"images[{i}].ticks", end, got)
+
+
+def _check_grid(trace: Trace, fields: Fields) -> None:
+    steps = list(itertools.pairwise(trace.sigmas))
+    if trace.scheduler is None:
+        if not steps or trace.sigmas[-1] != 0 or not all(a > b for a, b in steps):
+            fields.fail("sigmas", "fall strictly and end at 0", list(trace.sigmas))
+    elif not steps or not all(a >= b for a, b in steps):
+        fields.fail("sigmas", "never rise", list(trace.sigmas))

@@ -108,6 +108,7 @@ def _differences(trace: Trace, run: Run) -> list[str]:
         ("family", trace.family, run.family),
         ("images", len(trace.images), run.images),
         ("ticks", trace.ticks, run.ticks),
+        ("scheduler", trace.scheduler, run.scheduler),
     ]
     if run.model is not None:
         pairs.append(("model", trace.model, run.model))

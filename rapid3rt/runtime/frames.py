@@ -12,6 +12,9 @@ from types import FrameType
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
+from rapid3rt.errors import StateError
 
 
 def pipeline_call(pipe: Any) -> FrameType | None:
@@ -26,3 +29,35 @@ def pipeline_call(pipe: Any) -> FrameType | None:
             return frame if caller is pipe else None
         frame = frame.f_back
     return None
+
+
+def own_call(pipe: Any) -> FrameType:
+    """The running `__call__` of this pipeline. StateError: another pipeline is calling."""
+    frame = pipeline_call(pipe)
+    if frame is None:
+        raise StateError(
+            "set_timesteps of an accelerated pipeline's scheduler must be called by that pipeline; another pipeline "
+            "that was built from it must be built before rapid3rt.accelerate, or after rapid3rt.restore"
+        )
+    return frame
+
+
+def counts_in_ticks(frame: FrameType) -> bool:
+    """Whether something goes by the loop's iterations: skip-layer or adaptive guidance, a window, a cutoff callback."""
+    arguments = frame.f_locals
+    callback = arguments.get("callback_on_step_end")
+    starts, ends = (arguments.get(f"control_guidance_{side}") for side in ("start", "end"))
+    return (
+        bool(arguments.get("skip_guidance_layers"))
+        or bool(arguments.get("pag_adaptive_scale"))
+        or isinstance(callback, PipelineCallback | MultiPipelineCallbacks)
+        or any(start > 0 for start in _as_list(starts))
+        or any(end < 1 for end in _as_list(ends))
+    )
+
+
+def _as_list(value: Any) -> list[Any]:
+    """One number for all nets, or one for each; none where the pipeline has no such argument."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]

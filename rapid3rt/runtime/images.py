@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from rapid3rt.planning.planner import BAD_ORDER, BAD_SIGMA
+from rapid3rt.planning.planner import BAD_ORDER, BAD_POINT, BAD_SIGMA
 from rapid3rt.runtime.solver import Solver
 from rapid3rt.types import (
     ADAMS_BASHFORTH,
     AUTO,
     COMPUTE,
+    EULER,
     ComputeDecision,
     DenoiseState,
     StepDecision,
@@ -157,6 +158,21 @@ class Images:
         self.step = self.step + (~self.done).int()
         self.done = self.done | (target <= 0)
         return moved, target
+
+    def follow(self, decision: StepDecision, last: bool) -> torch.Tensor:
+        """The scheduler steps all images itself: book it. Returns the sigma they moved to, float32 `[B]`.
+
+        decision: must be that very step. last: whether this is the run's last tick.
+        """
+        self.index = self.index + 1
+        target = self.sigmas[self.index]
+        other = decision.next_sigma.to(torch.float32) != target  # NaN is another too
+        if decision.order is not None:
+            other = other | (decision.order != EULER)
+        self.bad = torch.where(other, BAD_POINT, 0)
+        self.sigma, self.step = target, self.step + 1
+        self.done = torch.full_like(self.done, last)
+        return target
 
 
 def _spread(per_image: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,16 @@ from rapid3rt.runtime.frames import pipeline_call
 from rapid3rt.runtime.images import Images
 from rapid3rt.runtime.report import Report
 from rapid3rt.runtime.trace import Trace, TraceTick
-from rapid3rt.types import COMPUTE, REUSE, ActionCosts, ComputeDecision, Policy, Run
+from rapid3rt.types import (
+    COMPUTE,
+    EULER,
+    REUSE,
+    ActionCosts,
+    ComputeDecision,
+    Policy,
+    Run,
+    StepDecision,
+)
 
 _FOREIGN_CALL = (
     "the {} of an accelerated pipeline must be called by that pipeline's own loop, after its own scheduler's "
@@ -48,7 +57,11 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """The scheduler's side of a run. ticks: loop iterations; sigmas, timesteps: the grid that images walk."""
+    """The scheduler's side of a run. ticks: loop iterations; sigmas, timesteps: the grid that images walk.
+
+    stay_on_grid: something counts in ticks. scheduler: class name of one that steps all images by itself, None where
+    each image steps on its own.
+    """
 
     ticks: int
     sigmas: torch.Tensor
@@ -56,6 +69,19 @@ class Grid:
     shift: float
     stay_on_grid: bool
     grid_steps: int | None
+    scheduler: str | None = None
+
+    @property
+    def why_stay(self) -> str:
+        """Why images may not leave the grid, empty where they may."""
+        if self.scheduler is not None:
+            return f"{self.scheduler} steps all images alike"
+        if self.stay_on_grid:
+            return (
+                "this call counts something in steps (skip-layer guidance, an adaptive PAG scale, a ControlNet window "
+                "or a pipeline callback)"
+            )
+        return ""
 
 
 @dataclass(slots=True)
@@ -133,12 +159,14 @@ class Session:
         """Start a run on a grid. Called by the scheduler's twin before the first tick."""
         leaves_grid = getattr(choice.policy, "leaves_grid", True)
         regrids = grid.grid_steps is not None and grid.grid_steps != grid.ticks
-        if grid.stay_on_grid and (leaves_grid or regrids):
+        if grid.why_stay and (leaves_grid or regrids):
             raise UnsupportedError(
-                f"policy {choice.name!r} moves images off the pipeline's grid, but this call counts something in steps "
-                "(skip-layer guidance, an adaptive PAG scale, a ControlNet window or a pipeline callback); use a "
-                "policy that stays on it, such as 'dense' or 'threshold:0.1' (a policy object says so with "
-                "leaves_grid = False)"
+                f"policy {choice.name!r} moves images off the pipeline's grid, but {grid.why_stay}; use a policy that "
+                "stays on it, such as 'dense' or 'threshold:0.1' (a policy object says so with leaves_grid = False)"
+            )
+        if grid.scheduler is not None and getattr(choice.policy, "order", EULER) != EULER:
+            raise UnsupportedError(
+                f"policy {choice.name!r} sets the order of the step, but {grid.why_stay}; leave the order away"
             )
         self._state = _RunState(choice=choice, grid=grid)
 
@@ -266,7 +294,8 @@ class Session:
             shift=run.grid.shift,
             costs=run.costs,
             device=latents.device,
-            stay_on_grid=run.grid.stay_on_grid,
+            stay_on_grid=bool(run.grid.why_stay),
+            scheduler=run.grid.scheduler,
             model=self.model,
             block_size=(run.block, run.block),
         )
@@ -386,34 +415,54 @@ class Session:
 
     def step(self, velocity: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """Move every image to its own next sigma; returns the new latents in the velocity's dtype."""
+        run = self._begin_step()
+        assert run.images is not None
+        assert run.plan is not None
+        assert run.computes is not None
+        if run.plan.finished:
+            run.tick += 1
+            return sample.to(velocity.dtype)
+        if len(run.plan.active) < run.num_images:
+            # What a pipeline makes of zeros need not be zero: Qwen-Image divides by their norm.
+            done = run.images.done.view(-1, *([1] * (velocity.ndim - 1)))
+            velocity = velocity.masked_fill(done, 0)
+        decision = self._decide_step(run, velocity)
+        latents, target = run.images.step_latents(
+            decision, sample, velocity, run.computes, run.last_tick
+        )
+        self._end_step(run, target, decision.order)
+        return latents
+
+    def follow(self, velocity: torch.Tensor) -> None:
+        """The scheduler moves all images itself, along its own list: hear the policy and book the step."""
+        run = self._begin_step()
+        assert run.images is not None
+        target = run.images.follow(self._decide_step(run, velocity), run.last_tick)
+        self._end_step(run, target, None)
+
+    def _begin_step(self) -> _RunState:
         run = self._require_run()
         if run.images is None or run.plan is None or run.calls == 0:
             raise StateError("scheduler.step must come after a transformer call of the same tick")
         run.calls = 0
         run.ended = run.last_tick
-        if run.plan.finished:
-            run.tick += 1
-            return sample.to(velocity.dtype)
-        assert run.computes is not None
-        if len(run.plan.active) < run.num_images:
-            # What a pipeline makes of zeros need not be zero: Qwen-Image divides by their norm.
-            done = run.images.done.view(-1, *([1] * (velocity.ndim - 1)))
-            velocity = velocity.masked_fill(done, 0)
+        return run
+
+    def _decide_step(self, run: _RunState, velocity: torch.Tensor) -> StepDecision:
         seen = self.adapter.as_grid(velocity, run.resolution)
         answer = run.choice.policy.decide_step(run.state, seen)
-        decision = check_step(answer, run.num_images, run.choice.name)
-        latents, target = run.images.step_latents(
-            decision, sample, velocity, run.computes, run.last_tick
-        )
+        return check_step(answer, run.num_images, run.choice.name)
+
+    def _end_step(self, run: _RunState, target: torch.Tensor, order: torch.Tensor | None) -> None:
+        assert run.images is not None
         frame = run.frames[-1]
-        frame.next_sigma, frame.order = target, decision.order
+        frame.next_sigma, frame.order = target, order
         now = time.perf_counter()
         frame.ms, run.started = 1000 * (now - run.started), now
         if run.last_tick:
             planner.raise_if_bad(run.images.bad.tolist(), run.choice.name)
             self._release(run)
         run.tick += 1
-        return latents
 
     def release(self) -> None:
         """The pipeline's call is over, interrupted or not."""
@@ -483,7 +532,10 @@ class Session:
             costs=run.costs,
             images=tuple(tuple(ticks) for ticks in per_image),
             tick_ms=tuple(f.ms for f in run.frames if f.next_sigma is not None),
-            interrupted=any(not ticks or ticks[-1].next_sigma > 0 for ticks in per_image),
+            interrupted=any(
+                not ticks or ticks[-1].next_sigma > run.run.sigmas[-1] for ticks in per_image
+            ),
+            scheduler=run.grid.scheduler,
         )
 
     def report(self) -> Report:

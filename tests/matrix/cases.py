@@ -504,7 +504,31 @@ def grid_rows() -> list[Row]:
         ),
         row(name="bf16", make=partial(make, dtype=torch.bfloat16), bare=make, least=1e-5),
         row(name="fp16", make=partial(make, dtype=torch.float16), bare=make, least=1e-6),
+        *(other_scheduler(cls, kinds) for cls, kinds in SCHEDULERS.items()),
     ]
+
+
+TAKES_NO_SIGMAS = (*SD3, "dev", *FLUX2)  # the other pipelines pass sigmas= of their own
+SCHEDULERS: dict[type, tuple[str, ...]] = {  # and whose pipelines can call its set_timesteps
+    diffusers.DPMSolverMultistepScheduler: TAKES_NO_SIGMAS,
+    diffusers.DPMSolverSinglestepScheduler: TAKES_NO_SIGMAS,
+    diffusers.UniPCMultistepScheduler: ALL,
+    diffusers.DEISMultistepScheduler: TAKES_NO_SIGMAS,
+    diffusers.FlowMatchHeunDiscreteScheduler: SD3,
+}
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+
+
+def other_scheduler(cls: type, kinds: tuple[str, ...]) -> Row:
+    options = {} if cls is diffusers.FlowMatchHeunDiscreteScheduler else FLOW
+    return Row(
+        group="other schedulers",
+        name=cls.__name__.removesuffix("Scheduler"),
+        kinds=kinds,
+        make=partial(make, scheduler_class=cls, scheduler=options),
+        bare=make,
+        refuses_steps="steps all images alike",
+    )
 
 
 def picture_rows() -> list[Row]:
@@ -811,15 +835,15 @@ def refused_rows() -> list[Row]:
     out = [
         Row(
             group="noise levels and types",
-            name="another scheduler",
-            make=partial(make, scheduler_class=diffusers.DPMSolverMultistepScheduler),
-            refused="scheduler must be a FlowMatchEulerDiscreteScheduler",
+            name="an unknown scheduler",
+            make=partial(make, scheduler_class=diffusers.FlowMatchLCMScheduler),
+            refused="scheduler must be a FlowMatchEulerDiscreteScheduler or one of",
         ),
         Row(
             group="noise levels and types",
-            name="stochastic sampling",
-            make=partial(make, scheduler={"stochastic_sampling": True}),
-            refused="scheduler option stochastic_sampling must be off",
+            name="inverted sigmas",
+            make=partial(make, scheduler={"invert_sigmas": True}),
+            refused="scheduler option invert_sigmas must be off",
         ),
     ]
     out += [

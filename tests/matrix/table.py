@@ -38,8 +38,9 @@ Made by `make matrix` from `tests/matrix/cases.py` and a run of every cell on ti
   does after `restore`. The feature of the row changes the result, or (offloading, compilation) is seen at work. And
   where one image of a batch computes while the other reuses, each on noise levels of its own, and one ends early, both
   end at noise level 0 and equal themselves alone to rounding.
-- **exact\\***: the same, but the call counts something in steps, so a policy that leaves the pipeline's own grid
-  (`steps`, `controller`, a schedule) is refused in one line; `dense` and `threshold` work.
+- **exact\\***: the same, but the call counts something in steps, or the scheduler steps all images alike, so a policy
+  that leaves the pipeline's own grid (`steps`, `controller`, a schedule) is refused in one line; `dense` and
+  `threshold` work.
 - **-**: diffusers has no such pipeline, argument or callback.
 
 The FLUX.1 and FLUX.2 dev columns have the guidance embedding, FLUX.2 Klein and SD3 classifier-free guidance, Qwen-Image

@@ -215,20 +215,37 @@ def test_what_accelerate_refuses_is_not_supported_in_the_same_words(row: Row, ki
     assert "gain" not in dict(answer.rows)
 
 
-@pytest.mark.parametrize(
-    "config", [{"stochastic_sampling": True}, {"invert_sigmas": True}], ids=str
-)
-def test_the_way_out_of_a_refused_scheduler_option_works(config: Arguments) -> None:
-    pipe = make("dev", scheduler=config)
-    option = next(iter(config))
-    assert f"from_config(pipe.scheduler.config, {option}=False)" in said(pipe, "scheduler")
+def test_the_way_out_of_a_refused_scheduler_option_works() -> None:
+    pipe = make("dev", scheduler={"invert_sigmas": True})
+    assert "from_config(pipe.scheduler.config, invert_sigmas=False)" in said(pipe, "scheduler")
     cls = type(pipe.scheduler)
-    pipe.scheduler = cls.from_config(pipe.scheduler.config, **{option: False})
+    pipe.scheduler = cls.from_config(pipe.scheduler.config, invert_sigmas=False)
     assert rapid3rt.check(pipe).supported
 
 
-def test_the_way_out_of_another_scheduler_works() -> None:
-    pipe = make("sd3", scheduler_class=diffusers.DPMSolverMultistepScheduler)
+@pytest.mark.parametrize(
+    "pipe",
+    [
+        partial(make, scheduler_class=diffusers.DPMSolverMultistepScheduler),
+        partial(make, scheduler={"stochastic_sampling": True}),
+    ],
+    ids=["DPM++", "stochastic"],
+)
+def test_steps_of_their_own_are_one_line_away_from_another_scheduler(pipe: Any) -> None:
+    pipe = pipe("sd3")
+    way_out = "FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, stochastic_sampling=False)"
+    assert way_out in said(pipe, "scheduler")
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(
+        pipe.scheduler.config, stochastic_sampling=False
+    )
+    assert "its own noise level" in said(pipe, "scheduler")
+    rapid3rt.accelerate(pipe, "steps:2/trim")
+    assert call(pipe, basic("sd3", BATCH), TICKS).isfinite().all()
+    rapid3rt.restore(pipe)
+
+
+def test_the_way_out_of_an_unknown_scheduler_works() -> None:
+    pipe = make("sd3", scheduler_class=diffusers.FlowMatchLCMScheduler)
     assert "FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)" in said(
         pipe, "scheduler"
     )

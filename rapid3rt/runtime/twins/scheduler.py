@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scheduler's twin: owns a copy of the real one, begins runs, and steps every image to its own next sigma.
 
+Where the real one is not plain flow-matching Euler, its twin is that of `lockstep`.
+
 Signatures are the real ones, because pipelines inspect them. `timesteps` stays the pipeline's own list: one tick each.
 """
 
@@ -8,31 +10,33 @@ from __future__ import annotations
 
 import copy
 import math
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteSchedulerOutput,
 )
 
-from rapid3rt.errors import StateError, UnsupportedError
-from rapid3rt.runtime.frames import pipeline_call
+from rapid3rt.errors import UnsupportedError
+from rapid3rt.runtime.frames import counts_in_ticks, own_call, pipeline_call
 from rapid3rt.runtime.session import Grid, Session
 from rapid3rt.runtime.twins.base import real_class, twin_class
+from rapid3rt.runtime.twins.lockstep import LOCKSTEP, make_lockstep_twin
 
 
 def make_scheduler_twin(real: Any, session: Session) -> Any:
-    """A twin of a FlowMatch Euler scheduler.
+    """A twin of a scheduler: one that steps every image on its own where the real one is plain flow-matching Euler,
+    else one that lets the real one step all images alike.
 
     Raises
     ------
-    UnsupportedError: another scheduler, or a configuration whose step is not plain Euler.
+    UnsupportedError: an unknown scheduler or option.
     """
     check_scheduler(real)
+    if not steps_per_image(real):
+        return make_lockstep_twin(real, session)
     overrides = {"set_timesteps": set_timesteps, "step": step, "scale_noise": scale_noise}
     overrides |= {"set_begin_index": set_begin_index, "_reset_stateful_cache": end_call}
     twin = copy.copy(real)
@@ -40,20 +44,25 @@ def make_scheduler_twin(real: Any, session: Session) -> Any:
     return twin
 
 
+def steps_per_image(real: Any) -> bool:
+    """Whether images of one batch may stand at noise levels of their own under this scheduler."""
+    is_euler = isinstance(real, FlowMatchEulerDiscreteScheduler)
+    return is_euler and not real.config.get("stochastic_sampling")
+
+
 def check_scheduler(real: Any) -> None:
-    """Refuse what is not plain flow-matching Euler: UnsupportedError with what to set instead."""
-    if not isinstance(real, FlowMatchEulerDiscreteScheduler):
+    """Refuse what is neither flow-matching Euler nor known to step all images alike, with what to set instead."""
+    if not isinstance(real, (FlowMatchEulerDiscreteScheduler, *LOCKSTEP)):
+        others = ", ".join(cls.__name__ for cls in LOCKSTEP)
         raise UnsupportedError(
-            f"scheduler must be a FlowMatchEulerDiscreteScheduler, got {type(real).__name__}; set pipe.scheduler = "
-            "FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config) first"
+            f"scheduler must be a FlowMatchEulerDiscreteScheduler or one of {others}, got {type(real).__name__}; "
+            "set pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config) first"
         )
-    config: Any = real.config
-    for name in ("stochastic_sampling", "invert_sigmas"):
-        if config.get(name):
-            raise UnsupportedError(
-                f"scheduler option {name} must be off, got {config[name]}; set pipe.scheduler = "
-                f"{type(real).__name__}.from_config(pipe.scheduler.config, {name}=False) first"
-            )
+    if real.config.get("invert_sigmas"):
+        raise UnsupportedError(
+            "scheduler option invert_sigmas must be off, got True; set pipe.scheduler = "
+            f"{type(real).__name__}.from_config(pipe.scheduler.config, invert_sigmas=False) first"
+        )
 
 
 def set_timesteps(
@@ -66,12 +75,7 @@ def set_timesteps(
 ) -> None:
     """Set the pipeline's grid as the real scheduler does, and begin a run."""
     session: Session = type(self)._rapid3rt_session
-    frame = pipeline_call(session.pipe)
-    if frame is None:
-        raise StateError(
-            "set_timesteps of an accelerated pipeline's scheduler must be called by that pipeline; another pipeline "
-            "that was built from it must be built before rapid3rt.accelerate, or after rapid3rt.restore"
-        )
+    frame = own_call(session.pipe)
     session.discard()
     real: Any = real_class(self)
     real.set_timesteps(self, num_inference_steps, device, sigmas, mu, timesteps)
@@ -105,7 +109,7 @@ def set_timesteps(
             sigmas=grid.sigmas,
             timesteps=grid.timesteps,
             shift=shift,
-            stay_on_grid=_counts_in_ticks(frame),
+            stay_on_grid=counts_in_ticks(frame),
             grid_steps=steps,
         ),
     )
@@ -128,27 +132,6 @@ def _shift(scheduler: Any, mu: float | None) -> float:
         return float(scheduler.shift)
     linear = scheduler.config.get("time_shift_type", "exponential") == "linear"
     return float(mu) if linear else math.exp(mu)
-
-
-def _counts_in_ticks(frame: FrameType) -> bool:
-    """Whether something goes by the loop's iterations: skip-layer or adaptive guidance, a window, a cutoff callback."""
-    arguments = frame.f_locals
-    callback = arguments.get("callback_on_step_end")
-    starts, ends = (arguments.get(f"control_guidance_{side}") for side in ("start", "end"))
-    return (
-        bool(arguments.get("skip_guidance_layers"))
-        or bool(arguments.get("pag_adaptive_scale"))
-        or isinstance(callback, PipelineCallback | MultiPipelineCallbacks)
-        or any(start > 0 for start in _as_list(starts))
-        or any(end < 1 for end in _as_list(ends))
-    )
-
-
-def _as_list(value: Any) -> list[Any]:
-    """One number for all nets, or one for each; none where the pipeline has no such argument."""
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def set_begin_index(self: Any, begin_index: int = 0) -> None:
