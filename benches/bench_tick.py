@@ -3,7 +3,7 @@
 
     python benches/bench_tick.py [--rounds 7] [--batch 8] [--save NAME]
 
-Tiny SD3, real weights. Rounds are interleaved; every figure is the median over rounds of the median tick.
+A tiny pipeline, real weights. Rounds are interleaved; every figure is the median over rounds of the median tick.
 """
 
 from __future__ import annotations
@@ -50,11 +50,12 @@ class Script:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="sd3", help="bundled tiny pipeline")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--save", default=None)
     options = parser.parse_args()
-    pipe = rapid3rt.load_tiny("sd3")
+    pipe = rapid3rt.load_tiny(options.model)
     pipe.set_progress_bar_config(disable=True)
     prompts = [s.caption for s in sample(options.batch, 0)]
     stamps: list[float] = []

@@ -38,6 +38,7 @@ def main() -> None:
     """Measure and print; save where asked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--captions", type=int, default=500)
+    parser.add_argument("--model", default="sd3", help="bundled tiny pipeline")
     parser.add_argument("--pairs", type=int, default=128)
     parser.add_argument("--split", default="test")
     parser.add_argument("--seed", type=int, default=0)
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=None)
     parser.add_argument("--save", default=None, help="name of the record in benches/results")
     options = parser.parse_args()
-    pipe = rapid3rt.load_tiny("sd3")
+    pipe = rapid3rt.load_tiny(options.model)
     pipe.set_progress_bar_config(disable=True)
     where = (options.split, options.seed, options.guidance, options.tokens, options.cache)
     results = {"score": scores(Pairs(pipe, options.captions, *where))}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -42,7 +43,9 @@ def pipe_id(pipe: Any) -> str:
     digest = hashlib.sha256()
     for name, weight in sorted(pipe.transformer.state_dict().items()):
         digest.update(name.encode() + weight.contiguous().view(torch.uint8).numpy().tobytes())
-    return f"{digest.hexdigest()[:10]}-shift{pipe.scheduler.config.shift:g}"
+    config = pipe.scheduler.config
+    shift = math.exp(config.base_shift) if config.use_dynamic_shifting else config.shift
+    return f"{digest.hexdigest()[:10]}-shift{shift:g}"
 
 
 class Pairs:

@@ -41,6 +41,7 @@ class Run:
     next grid point. resolution: image tokens as (rows, columns). model: an id of the model, block_size: (query, key)
     tile of the sparse kernel; a replay compares both with its trace where they are known. scheduler: class name of one
     that steps all images by itself (then sigmas need not fall strictly nor end at 0), None where steps are per image.
+    guidance: the pipeline's guidance scale, None where it has none.
     """
 
     images: int
@@ -56,6 +57,7 @@ class Run:
     model: str | None = None
     block_size: tuple[int, int] | None = None
     scheduler: str | None = None
+    guidance: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ import torch
 from rapid3rt.calibrate.measure import Bench, Stop
 from rapid3rt.policies import ScheduleFamily, WarpFamily
 from rapid3rt.policies.allocation import LEAST, MOST, Allocation, limits
+from rapid3rt.policies.base import interpolate
 
 TABLE_STEPS = (4, 5, 6, 8, 10, 14)
 _DIAL = (5, 6, 8, 10, 12, 14)
@@ -33,7 +34,9 @@ def allocate(bench: Bench, family: WarpFamily) -> tuple[WarpFamily, dict[str, fl
     if table is None:
         return family, {}
     ends = ((1.0, 1.0), (float(bench.steps), float(bench.steps)))
-    allocated = replace(family, allocation=Allocation(table=table, dial=ends))
+    guidance, lifts = bench.tilts(family)
+    rows = tuple((u, o, e, _lift(u, lifts)) for u, o, e in table)
+    allocated = replace(family, allocation=Allocation(table=rows, dial=ends, guidance=guidance))
     dial, means = [], []
     for b in (b for b in _DIAL if b <= bench.steps):
         policy = ScheduleFamily(allocated, speed=bench.steps / b)
@@ -45,7 +48,17 @@ def allocate(bench: Bench, family: WarpFamily) -> tuple[WarpFamily, dict[str, fl
     at = torch.tensor([m for _, m in dial], dtype=torch.float64)
     inside = {str(k): k for k in ks if at[0] <= k <= at[-1]}
     row = {name: _between(float(k), at, torch.tensor(means)) for name, k in inside.items()}
-    return replace(family, allocation=Allocation(table=table, dial=tuple(dial))), row
+    return replace(
+        family, allocation=Allocation(table=rows, dial=tuple(dial), guidance=guidance)
+    ), row
+
+
+def _lift(u: float, lifts: Sequence[tuple[float, float]]) -> float:
+    """Linear between the u that were measured, the nearest one's beyond them; 0 where there are none."""
+    if not lifts:
+        return 0.0
+    xs, ys = (torch.tensor(column) for column in zip(*lifts, strict=True))
+    return float(interpolate(torch.tensor([u]), xs, ys)[0])
 
 
 def fit(

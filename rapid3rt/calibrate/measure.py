@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from rapid3rt.policies import (
     Threshold,
     WarpFamily,
 )
-from rapid3rt.policies.allocation import detail
+from rapid3rt.policies.allocation import detail, log_ratio
 from rapid3rt.policies.base import Warp, shift_sigma, trimmed_sigmas, unshift_sigma
 from rapid3rt.policies.controller import local_error
 from rapid3rt.types import (
@@ -45,7 +46,7 @@ from rapid3rt.types import (
 
 REFERENCE_STEPS = 120
 COST_BATCH = 8
-_WALK_STEPS = 28
+_WALK_STEPS, _TILT_STEPS = 28, 10
 _VERSION = 2
 """Of what the measurements mean: those of another version are not gone on with."""
 
@@ -122,10 +123,12 @@ class Bench:
         finally:
             self.pipe.set_progress_bar_config(**bars)
 
-    def images(self, steps: int, description: str | None = None) -> tuple[torch.Tensor, list[int]]:
+    def images(
+        self, steps: int, description: str | None = None, **call: Any
+    ) -> tuple[torch.Tensor, list[int]]:
         """Decoded images of all pairs in -1..1, float32 `[n, 3, H, W]`, and the evaluations that each one took.
 
-        Under whatever policy drives the pipeline now.
+        Under whatever policy drives the pipeline now. call: arguments in place of the calibration's own.
         """
         starts = range(0, len(self.prompts), self.batch_size)
         chunks: list[torch.Tensor] = []
@@ -134,7 +137,7 @@ class Bench:
             prompts = self.prompts[start : start + self.batch_size]
             noises = list(range(start, start + len(prompts)))
             chunks.append(
-                self._call(prompts, noises, steps, output_type="pt").float().cpu() * 2 - 1
+                self._call(prompts, noises, steps, output_type="pt", **call).float().cpu() * 2 - 1
             )
             spent += [image.nfe for image in report(self.pipe).images]
         return torch.cat(chunks), spent
@@ -185,6 +188,35 @@ class Bench:
             return recorder.stops()
 
         return [Stop(*stop) for stop in self.remember(f"walk {_key(family)}", measure)]
+
+    def tilts(self, family: WarpFamily) -> tuple[float | None, list[tuple[float, float]]]:
+        """The calls' guidance scale, and by how much its logarithm lifts the mean detail: pairs (u, lift), u rising.
+
+        Two short walks, the second at twice the scale. None and no pairs where the pipeline has no guidance scale.
+        """
+
+        def walk(**call: Any) -> _Recorder:
+            recorder = _Recorder(family, min(_TILT_STEPS, self.steps))
+            with _accelerated(self.pipe, recorder):
+                self.images(self.steps, **call)
+            return recorder
+
+        def measure() -> list[Any]:
+            if "guidance_scale" not in inspect.signature(type(self.pipe).__call__).parameters:
+                return [None, []]
+            weak = walk()
+            if weak.guidance is None:
+                return [None, []]
+            strong = walk(guidance_scale=2 * weak.guidance)
+            ratio = log_ratio(strong.guidance, weak.guidance)
+            lifts = [
+                (a.u, (fmean(b.detail) - fmean(a.detail)) / ratio if ratio else 0.0)
+                for a, b in zip(weak.stops(), strong.stops(), strict=True)
+            ]
+            return [weak.guidance, sorted(lifts)]
+
+        scale, lifts = self.remember(f"tilts {_key(family)}", measure)
+        return scale, [(u, lift) for u, lift in lifts]
 
     def costs(self) -> ActionCosts:
         """Every action's time over the plain pipeline's step, in a batch of 8, median over ticks."""
@@ -272,8 +304,10 @@ class _Recorder:
         self._errors: list[list[float]] = [[] for _ in range(k)]
         self._details: list[list[float]] = [[] for _ in range(k)]
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.guidance: float | None = None
 
     def begin(self, run: Run) -> None:
+        self.guidance = run.guidance
         self._family.begin(run)
         sigmas = trimmed_sigmas(self._k, run, self._warp)
         self._u = [self._warp.inverse(unshift_sigma(s, run.shift)) for s in sigmas]

@@ -10,7 +10,8 @@ sigma is where the tick starts; it steps to the sigma of the next entry, the las
 `family`: `family`, `num_ticks` and `shift` (the run it was searched on), `order` (1, 2, or 0: auto), `knots`
 (interior `[u, w]` of a monotone warp w; phi*(u) = phi(w(u)) and the grid of k evaluations is phi*(1
 - j / k)), `error_profile` (null, or `[u, value]` for `controller`: the mean over images of
-`controller.local_error`), `allocation` (null, or `table` and `dial` of `allocation.Allocation`), `provenance`.
+`controller.local_error`), `allocation` (null, or `table`, `dial` and `guidance` of `allocation.Allocation`),
+`provenance`.
 
 Anything else is one `ValueError` that names file and field.
 """
@@ -206,12 +207,13 @@ def _read_profile(fields: Fields) -> tuple[tuple[float, float], ...] | None:
     return profile
 
 
-def _allocation_as_json(allocation: Allocation | None) -> dict[str, list[list[float]]] | None:
+def _allocation_as_json(allocation: Allocation | None) -> dict[str, Any] | None:
     if allocation is None:
         return None
     return {
         "table": [list(row) for row in allocation.table],
         "dial": [list(pair) for pair in allocation.dial],
+        "guidance": allocation.guidance,
     }
 
 
@@ -220,16 +222,19 @@ def _read_allocation(fields: Fields) -> Allocation | None:
     if fields.data.get("allocation") is None:
         return None
     entry = fields.child("allocation")
-    table, dial = entry.rows("table", 3), entry.pairs("dial")
+    table, dial = entry.rows("table", 4), entry.pairs("dial")
     rising = all(a[0] < b[0] for a, b in itertools.pairwise(table))
     if len(table) < 2 or not rising or not all(0 <= u <= 1 for u, *_ in table):
-        entry.fail("table", "be at least two [u, offset, exponent], u rising in 0..1", table)
+        entry.fail("table", "be at least two [u, offset, exponent, tilt], u rising in 0..1", table)
     rising = all(a[0] < b[0] and a[1] < b[1] for a, b in itertools.pairwise(dial))
     if len(dial) < 2 or not rising or dial[0][0] <= 0 or dial[0][1] < 1:
         entry.fail(
             "dial", "be at least two [b, evaluations], both rising, evaluations from 1 on", dial
         )
-    return Allocation(table=tuple((u, o, e) for u, o, e in table), dial=dial)
+    guidance = None if entry.get("guidance") is None else entry.number("guidance", 0.0)
+    return Allocation(
+        table=tuple((u, o, e, t) for u, o, e, t in table), dial=dial, guidance=guidance
+    )
 
 
 class FixedSchedule:

@@ -296,6 +296,7 @@ class Session:
             device=latents.device,
             stay_on_grid=bool(run.grid.why_stay),
             scheduler=run.grid.scheduler,
+            guidance=_guidance(self.pipe),
             model=self.model,
             block_size=(run.block, run.block),
         )
@@ -543,6 +544,12 @@ class Session:
         trace = self.trace()
         notes = () if self._state is None else (*self._state.choice.notes, *self._state.notes)
         return Report(trace, notes=notes)
+
+
+def _guidance(pipe: Any) -> float | None:
+    """The guidance scale of the pipeline's call, which pipelines keep as a property."""
+    scale = getattr(pipe, "guidance_scale", None)
+    return float(scale) if isinstance(scale, int | float) else None
 
 
 def _costs(plan: planner.Plan, costs: ActionCosts) -> tuple[float, ...]:

@@ -2,7 +2,10 @@
 """The tiny FLUX pipeline, distilled from the tiny SD3 one with its guidance inside, as FLUX.1 [dev] was.
 
 The student sees a guidance scale g and learns the teacher's guided velocity u + g (c - u) in one evaluation. Same
-VAE, scenes and captions; text encoders of its own: T5 carries the caption, CLIP its pooled summary.
+VAE, scenes and captions; text encoders of its own: T5 carries the caption, CLIP its pooled summary. What the two
+architectures share starts as the teacher's (from nothing, words were not bound to places after 2,000 steps): T5 first
+learns the teacher's token embeddings, and every other joint block becomes a double block. Positions are all new: they
+are rotary here.
 """
 
 from __future__ import annotations
@@ -36,14 +39,14 @@ GUIDANCE_RANGE = (1.0, 5.0)
 class FluxRecipe(parts.Recipe):
     """Everything that decides the weights, but the teacher's."""
 
-    steps: int = 5_000
-    rate: float = 1.5e-3
+    steps: int = 4_000
+    rate: float = 1e-3
+    text_steps: int = 1_500
     long_text_share: float = 0.05
     """Share of steps whose captions are padded to the 512 T5 tokens of the pipeline's default call; a tenth of the
     others to 64, the rest to 32."""
-    double_layers: int = 2
-    single_layers: int = 4
-    heads: int = 2
+    double_layers: int = 3
+    single_layers: int = 3
 
 
 def make_t5(vocab_size: int) -> T5EncoderModel:
@@ -63,14 +66,14 @@ def make_t5(vocab_size: int) -> T5EncoderModel:
 
 
 def make_transformer(recipe: FluxRecipe) -> FluxTransformer2DModel:
-    """256 image tokens of 2 x 2 latents, head dim 64, guidance embedding."""
+    """256 image tokens of 2 x 2 latents, guidance embedding; the teacher's width, and head dim 64."""
     return FluxTransformer2DModel(
         patch_size=1,
         in_channels=16,
         num_layers=recipe.double_layers,
         num_single_layers=recipe.single_layers,
         attention_head_dim=64,
-        num_attention_heads=recipe.heads,
+        num_attention_heads=2,
         joint_attention_dim=128,
         pooled_projection_dim=64,
         guidance_embeds=True,
@@ -101,8 +104,13 @@ def train_flux(
     checkpoint = parts.Checkpoint(
         work / "flux.safetensors", {"model": model, "average": average}, optimiser
     )
-    start = checkpoint.load()
     teacher.to(device)
+    start = checkpoint.load()
+    if start == 0:
+        read = train_t5(recipe, model["text_encoder_2"], teacher, tokenizer, work, device)
+        start_from_teacher(model, read, teacher)
+        average = parts.make_average(model, recipe)
+        checkpoint.modules["average"] = average
     if compiled:
         model["transformer"].compile(dynamic=False)
         teacher.transformer.compile(dynamic=False)
@@ -131,6 +139,86 @@ def train_flux(
     return dict(trained.items())
 
 
+def train_t5(
+    recipe: FluxRecipe,
+    t5: nn.Module,
+    teacher: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    work: Path,
+    device: torch.device,
+) -> nn.Linear:
+    """Teach T5 the teacher's token embeddings, up to the linear map that is returned: 128 to 128, biased."""
+    read = nn.Linear(128, 128).to(device)
+    modules: dict[str, nn.Module] = {"t5": t5, "read": read}
+    optimiser = torch.optim.AdamW([*t5.parameters(), *read.parameters()], weight_decay=0.01)
+    checkpoint = parts.Checkpoint(work / "t5.safetensors", modules, optimiser)
+    scenes = parts.training_scenes(recipe)
+    start = checkpoint.load()
+    bar = tqdm(range(start, recipe.text_steps), initial=start, total=recipe.text_steps, desc="t5")
+    for step in bar:
+        parts.set_rate(optimiser, 2e-3, step, recipe.text_steps, recipe.warmup)
+        rng = parts.generator(recipe.seed, 15, step)
+        rows = rng.integers(len(scenes), size=2 * recipe.batch)
+        captions = [world.train_caption(scenes[r], rng) for r in rows]
+        ids = parts.tokenize(tokenizer, captions).to(device)
+        with torch.no_grad():
+            target, _ = encode_prompts(ids, (teacher.text_encoder, teacher.text_encoder_2))
+        # Every length begins with the same tokens; what follows is padding, which T5 reads too.
+        padded = parts.tokenize(tokenizer, captions, _text_length(recipe, rng)).to(device)
+        told = read(t5(padded)[0][:, : ids.shape[1]])
+        loss = ((told - target).square().mean((0, 1)) / target.var((0, 1)).clamp(min=1e-6)).mean()
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_([*t5.parameters(), *read.parameters()], 1.0)
+        optimiser.step()
+        if step % 20 == 0:
+            bar.set_postfix(unexplained=f"{float(loss.detach()):.4f}")
+        if (step + 1) % 250 == 0 or step + 1 == recipe.text_steps:
+            checkpoint.save(step + 1)
+    return read
+
+
+@torch.no_grad()
+def start_from_teacher(model: nn.ModuleDict, read: nn.Linear, teacher: Any) -> None:
+    """Copy what the teacher has under the same name; what is new starts as nothing added."""
+    own: Any = model["transformer"]
+    theirs, texts = teacher.transformer, teacher.text_encoder
+    usable = len(theirs.transformer_blocks) - 1  # the last one drops the text
+    for i, block in enumerate(own.transformer_blocks):
+        source = theirs.transformer_blocks[min(2 * i, usable - 1)]
+        block.load_state_dict(source.state_dict())
+    own.x_embedder.weight.copy_(theirs.pos_embed.proj.weight.flatten(1))
+    own.x_embedder.bias.copy_(theirs.pos_embed.proj.bias)
+    own.context_embedder.weight.copy_(theirs.context_embedder.weight @ read.weight)
+    own.context_embedder.bias.copy_(theirs.context_embedder(read.bias))
+    model["text_encoder"].load_state_dict(texts.text_model.state_dict())
+    time, their_time = own.time_text_embed, theirs.time_text_embed
+    time.timestep_embedder.load_state_dict(their_time.timestep_embedder.state_dict())
+    time.guidance_embedder.linear_2.weight.zero_()
+    time.guidance_embedder.linear_2.bias.zero_()
+    # CLIP here has no projection of its own, and there is one where the teacher has two.
+    first = their_time.text_embedder.linear_1
+    width = texts.config.projection_dim
+    time.text_embedder.linear_1.weight.copy_(first.weight[:, :width] @ texts.text_projection.weight)
+    time.text_embedder.linear_1.bias.copy_(first.bias)
+    time.text_embedder.linear_2.load_state_dict(their_time.text_embedder.linear_2.state_dict())
+    for block in own.single_transformer_blocks:
+        gate = slice(2 * own.inner_dim, 3 * own.inner_dim)
+        block.norm.linear.weight[gate] = 0
+        block.norm.linear.bias[gate] = 0
+    own.norm_out.load_state_dict(theirs.norm_out.state_dict())
+    # A token's outputs: rows, columns, channels there; channels, rows, columns here.
+    for mine, their in zip(own.proj_out.parameters(), theirs.proj_out.parameters(), strict=True):
+        mine.copy_(their.unflatten(0, (2, 2, 4)).movedim(2, 0).flatten(0, 2))
+
+
+def _text_length(recipe: FluxRecipe, rng: np.random.Generator) -> int:
+    """A few lengths, not any length: each is compiled once."""
+    if rng.random() < recipe.long_text_share:
+        return 512
+    return int(rng.choice((32, 64), p=(0.9, 0.1)))
+
+
 def _distillation_loss(
     recipe: FluxRecipe,
     model: nn.ModuleDict,
@@ -146,10 +234,7 @@ def _distillation_loss(
     noise = parts.draw_noise(x, rng)
     sigma = parts.draw_sigma(len(x), rng).to(device)
     guidance = torch.from_numpy(rng.uniform(*GUIDANCE_RANGE, len(x)).astype(np.float32)).to(device)
-    # A few lengths, not any length: each is compiled once.
-    length = (
-        512 if rng.random() < recipe.long_text_share else int(rng.choice((32, 64), p=(0.9, 0.1)))
-    )
+    length = _text_length(recipe, rng)
     t = sigma[:, None, None, None]
     noisy = (1 - t) * x + t * noise
     with torch.autocast(device.type, torch.bfloat16):

@@ -24,9 +24,16 @@ SOLVERS = {
 def solver(pipe: Any, name: str) -> Iterator[None]:
     """Run the (plain) pipeline under one of `SOLVERS` while the context is open."""
     plain = pipe.scheduler
-    pipe.scheduler = SOLVERS[name](
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=float(plain.shift)
+    dynamic = plain.config.use_dynamic_shifting
+    rival = SOLVERS[name](
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=float(plain.shift),
+        use_dynamic_shifting=dynamic,
     )
+    if dynamic:  # FLUX pipelines make mu of what they find in the scheduler's configuration
+        rival.register_to_config(**{k: plain.config[k] for k in ("base_shift", "max_shift")})
+    pipe.scheduler = rival
     try:
         yield
     finally:

@@ -17,7 +17,7 @@ from rapid3rt.types import DenoiseState
 
 EVEN = ((1.0, 1.0), (28.0, 28.0))
 ALLOCATION = Allocation(
-    table=((0.0, -1.0, 0.5), (0.5, -1.5, 0.4), (1.0, -2.0, 0.2)),
+    table=((0.0, -1.0, 0.5, 0.1), (0.5, -1.5, 0.4, 1.0), (1.0, -2.0, 0.2, 2.0)),
     dial=((5.0, 5.2), (8.0, 8.0), (14.0, 12.5)),
 )
 FAMILY = WarpFamily(
@@ -95,13 +95,34 @@ def test_more_detail_gets_more_evaluations_within_the_limits(sim) -> None:
     assert left(0, 0) == [1.0] * 5
 
 
+@pytest.mark.parametrize(("guidance", "stronger"), [(7.0, 2.0), (1.75, 0.5), (0.0, 1 / 3.5)])
+def test_what_guidance_lifts_everywhere_moves_no_evaluation(sim, guidance, stronger) -> None:
+    """Were all details lifted by t ln(G / G0), everybody would get what it gets at G0."""
+    measured = replace(ALLOCATION, dial=EVEN, guidance=3.5)
+    latents = torch.randn(4, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+    latents *= torch.logspace(-0.5, 0, 4)[:, None, None, None]
+    u, velocity = torch.full((4,), 0.75), torch.zeros(4, 4, 6, 6)
+    lift = math.exp(0.5 * 1.5 * math.log(stronger))  # of the amplitude; t(0.75) = 1.5 is of energy
+
+    def left(scale: float, reach: float, allocation: Allocation = measured) -> list[float]:
+        allocator = Allocator(allocation, 6.0, replace(sim.run(4), guidance=scale))
+        return allocator.left(state_of(latents * reach, 0.5, 0, 0), velocity, u).tolist()
+
+    expected = left(3.5, 1.0)
+    assert len(set(expected)) > 1
+    assert left(guidance, lift) == expected
+    assert left(guidance, 1.0) != expected
+    unknown = replace(measured, guidance=None)
+    assert left(guidance, 1.0, unknown) == left(3.5, 1.0, unknown) == expected
+
+
 def test_a_speed_gives_every_image_its_own_number_and_a_budget_the_same(sim) -> None:
     # Six images of one shape, from faint to strong.
     scale = torch.logspace(-0.5, 0.5, 6)[:, None, None, None]
     world, run = sim.world(6), sim.run(6)
     world = replace(world, spread=torch.ones(6), noise=scale * world.noise[:1])
     g = float(detail(world.noise, torch.zeros(6, 4, 6, 6), torch.ones(6)).mean())
-    steep = Allocation(table=((0.0, g, 0.4), (1.0, g, 0.4)), dial=EVEN)
+    steep = Allocation(table=((0.0, g, 0.4, 0.0), (1.0, g, 0.4, 0.0)), dial=EVEN)
     family = replace(FAMILY, allocation=steep)
     walk = sim.drive(ScheduleFamily(family, speed=4.0), run, world)
     assert walk.nfe == sorted(walk.nfe)
@@ -118,7 +139,7 @@ def test_a_speed_gives_every_image_its_own_number_and_a_budget_the_same(sim) -> 
 
 def test_an_exponent_of_zero_walks_the_grid_of_the_family(sim) -> None:
     flat = replace(
-        FAMILY, allocation=Allocation(table=((0.0, 0.0, 0.0), (1.0, 0.0, 0.0)), dial=EVEN)
+        FAMILY, allocation=Allocation(table=((0.0, 0.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0)), dial=EVEN)
     )
     world, run = sim.world(2), sim.run(2)
     own = sim.drive(ScheduleFamily(flat, speed=4.0), run, world)
@@ -144,11 +165,17 @@ def test_a_file_keeps_the_allocation_and_one_from_before_has_none(tmp_path) -> N
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("table", [[0.5, 0.0, 1.0]], "table must be at least two"),
-        ("table", [[0.5, 0.0, 1.0], [0.5, 0.0, 1.0]], "u rising in 0..1"),
-        ("table", [[0.5, 0.0, 1.0], [1.5, 0.0, 1.0]], "u rising in 0..1"),
-        ("table", [[0.5, 0.0], [1.0, 0.0]], r"table\[0\] must be 3 numbers"),
-        ("table", [[0.5, 0.0, "x"], [1.0, 0.0, 1.0]], r"table\[0\]\[2\] must be a number"),
+        ("table", [[0.5, 0.0, 1.0, 0.0]], "table must be at least two"),
+        ("table", [[0.5, 0.0, 1.0, 0.0], [0.5, 0.0, 1.0, 0.0]], "u rising in 0..1"),
+        ("table", [[0.5, 0.0, 1.0, 0.0], [1.5, 0.0, 1.0, 0.0]], "u rising in 0..1"),
+        ("guidance", -1.0, "guidance must be"),
+        ("guidance", "strong", "guidance must be"),
+        ("table", [[0.5, 0.0], [1.0, 0.0]], r"table\[0\] must be 4 numbers"),
+        (
+            "table",
+            [[0.5, 0.0, "x", 0.0], [1.0, 0.0, 1.0, 0.0]],
+            r"table\[0\]\[2\] must be a number",
+        ),
         ("dial", [[5.0, 5.0]], "dial must be at least two"),
         ("dial", [[5.0, 5.0], [6.0, 5.0]], "both rising"),
         ("dial", [[5.0, 0.5], [6.0, 5.0]], "evaluations from 1 on"),

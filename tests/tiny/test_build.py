@@ -15,7 +15,7 @@ from rapid3rt.tiny.scenes import sample
 
 SHORT = {"vae_steps": 2, "decoder_steps": 2, "vae_batch": 2, "num_latents": 100, "batch": 2}
 SMALL = sd3.SD3Recipe(**SHORT, steps=2, layers=1, heads=1)
-SMALL_FLUX = flux.FluxRecipe(**SHORT, steps=2, double_layers=1, single_layers=1, heads=1)
+SMALL_FLUX = flux.FluxRecipe(**SHORT, steps=2, text_steps=2, double_layers=1, single_layers=1)
 
 
 def test_every_caption_fits_the_tokenizer_without_unknown_words() -> None:
