@@ -39,7 +39,7 @@ GUIDANCE_RANGE = (1.0, 5.0)
 class FluxRecipe(parts.Recipe):
     """Everything that decides the weights, but the teacher's."""
 
-    steps: int = 4_000
+    steps: int = 7_000
     rate: float = 1e-3
     text_steps: int = 1_500
     long_text_share: float = 0.05
