@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "isa.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -23,6 +24,25 @@ T* pointer(uintptr_t address) {
 using Three = std::array<int64_t, 3>;
 
 Strides strides(const Three& s) { return {s[0], s[1], s[2]}; }
+
+std::vector<std::string> isas() {
+  return {kIsaNames, kIsaNames + static_cast<int>(best_isa()) + 1};
+}
+
+std::string isa() { return kIsaNames[static_cast<int>(current_isa())]; }
+
+void force_isa_named(const std::string& name) {
+  std::string list;
+  int at = -1, i = 0;
+  for (const std::string& known : isas()) {
+    list += (i == 0 ? "" : ", ") + known;
+    if (known == name) at = i;
+    ++i;
+  }
+  R3_CHECK(at >= 0, "RAPID3RT_CPU_ISA must be one of ", list,
+           " (this build on this machine), got '", name, "'");
+  force_isa(static_cast<Isa>(at));
+}
 
 void check_aligned(const char* name, uintptr_t address) {
   R3_CHECK(address % 16 == 0, name, " must start at a multiple of 16 bytes, got address ", address);
@@ -156,8 +176,10 @@ PYBIND11_MODULE(_cpu, m) {
 #else
   m.attr("has_openmp") = false;
 #endif
-  m.attr("isas") = std::vector<std::string>{"scalar"};
+  m.attr("isas") = isas();  // those that this build and this machine have, ascending
   const py::call_guard<py::gil_scoped_release> no_gil;
+  m.def("isa", &isa);
+  m.def("force_isa", &force_isa_named);
   m.def("block_sparse_attention", &attention, no_gil);
   m.def("build_block_lists", &lists, no_gil);
   m.def("cache_lookup", &lookup, no_gil);
