@@ -94,7 +94,7 @@ struct Vectors256 {
 
 }  // namespace
 
-const TileKernel kAvx2Tile = {run_float<Vectors256>, flash_scratch_bytes, 6000000, nullptr,
-                              nullptr};
+const TileKernel kAvx2Tile = {
+    run_float<Vectors256>, flash_scratch_bytes, 6000000, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace rapid3rt

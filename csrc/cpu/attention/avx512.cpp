@@ -4,7 +4,7 @@
 
 namespace rapid3rt {
 
-const TileKernel kAvx512Tile = {run_float<Vectors512>, flash_scratch_bytes, 12000000, nullptr,
-                                nullptr};
+const TileKernel kAvx512Tile = {
+    run_float<Vectors512>, flash_scratch_bytes, 12000000, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace rapid3rt

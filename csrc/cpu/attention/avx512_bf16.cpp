@@ -4,7 +4,7 @@
 
 namespace rapid3rt {
 
-const TileKernel kAvx512Bf16Tile = {run_any_dim<DotProducts>, flash_scratch_bytes, 24000000,
-                                    nullptr, nullptr};
+const TileKernel kAvx512Bf16Tile = {
+    run_any_dim<DotProducts>, flash_scratch_bytes, 24000000, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace rapid3rt

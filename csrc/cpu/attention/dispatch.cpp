@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "attention/tile.h"
@@ -74,6 +75,12 @@ const TileKernel& choose_kernel(const AttentionParams& p) {
   return kScalarTile;
 }
 
+// Values in the kernel's own order; only blocks that are visited hold anything.
+struct Packed {
+  std::unique_ptr<char[]> memory;  // [R, H, Mk, block_bytes]
+  int64_t block_bytes = 0;
+};
+
 // What all tiles of a call share.
 Tile make_tile(const AttentionParams& p) {
   Tile tile{};
@@ -92,8 +99,8 @@ Tile make_tile(const AttentionParams& p) {
 // One thread's tile, with the memory that it works in.
 class Worker {
  public:
-  Worker(const AttentionParams& p, const TileKernel& kernel)
-      : p_(p), kernel_(kernel), tile_(make_tile(p)), sums_(2 * p.block_q) {
+  Worker(const AttentionParams& p, const TileKernel& kernel, const Packed& packed)
+      : p_(p), kernel_(kernel), packed_(packed), tile_(make_tile(p)), sums_(2 * p.block_q) {
     scratch_.resize(kernel.scratch_bytes(tile_) + kAlignment);
     const uintptr_t begin = reinterpret_cast<uintptr_t>(scratch_.data());
     tile_.scratch = scratch_.data() + (kAlignment - begin % kAlignment);
@@ -107,7 +114,13 @@ class Worker {
   Worker(const Worker&) = delete;
   Worker& operator=(const Worker&) = delete;
 
-  void operator()(int64_t i) {
+  void pack(int64_t item) {
+    const int64_t head_id = item / num_kv(), block = item % num_kv();
+    point_at(head_id / p_.num_heads, head_id % p_.num_heads, 0);
+    kernel_.pack(tile_, block, packed_.memory.get() + item * packed_.block_bytes);
+  }
+
+  void run(int64_t i) {
     const int64_t num_q = (p_.len_q + p_.block_q - 1) / p_.block_q;
     const int64_t item = p_.order == nullptr ? i : p_.order[i];
     const int64_t head_id = item / num_q, block = item % num_q;
@@ -122,6 +135,8 @@ class Worker {
   }
 
  private:
+  int64_t num_kv() const { return (p_.len_kv + p_.block_kv - 1) / p_.block_kv; }
+
   void point_at(int64_t row, int64_t head, int64_t block) {
     const int64_t element = p_.dtype == DType::kFloat32 ? 4 : 2, first = block * p_.block_q;
     const auto at = [&](const void* base, const Strides& s, int64_t token) {
@@ -135,7 +150,11 @@ class Worker {
     tile_.num_q = std::min(p_.block_q, p_.len_q - first);
     tile_.num_kv = p_.kv_len == nullptr ? p_.len_kv : p_.kv_len[row];
     tile_.index = nullptr;
-    tile_.num_listed = (p_.len_kv + p_.block_kv - 1) / p_.block_kv;
+    tile_.num_listed = num_kv();
+    if (packed_.memory != nullptr) {
+      const int64_t head_id = row * p_.num_heads + head;
+      tile_.packed = packed_.memory.get() + head_id * num_kv() * packed_.block_bytes;
+    }
     if (p_.mode[row * p_.num_heads + head] == kList) {
       tile_.index = list_of(p_, row, head, block);
       tile_.num_listed = count_of(p_, row, head, block);
@@ -145,10 +164,47 @@ class Worker {
   static constexpr uintptr_t kAlignment = 64;
   const AttentionParams& p_;
   const TileKernel& kernel_;
+  const Packed& packed_;
   Tile tile_;
   std::vector<float> sums_;
   std::vector<char> scratch_;
 };
+
+// Key blocks (row, head, block) that some tile visits.
+std::vector<int64_t> visited_blocks(const AttentionParams& p, int64_t num_q, int64_t num_kv) {
+  std::vector<int64_t> visited;
+  std::vector<char> is_visited(num_kv);
+  for (int64_t head_id = 0; head_id < p.num_rows * p.num_heads; ++head_id) {
+    const int64_t row = head_id / p.num_heads, head = head_id % p.num_heads;
+    const int mode = p.mode[head_id];
+    std::fill(is_visited.begin(), is_visited.end(), mode == kDense);
+    for (int64_t block = 0; mode == kList && block < num_q; ++block) {
+      const int32_t* const index = list_of(p, row, head, block);
+      const int32_t count = count_of(p, row, head, block);
+      for (int32_t i = 0; i < count; ++i) is_visited[index[i]] = 1;
+    }
+    for (int64_t block = 0; block < num_kv; ++block) {
+      if (is_visited[block]) visited.push_back(head_id * num_kv + block);
+    }
+  }
+  return visited;
+}
+
+Packed pack_values(const AttentionParams& p, const TileKernel& kernel, int64_t num_q,
+                   int64_t num_kv, int num_threads) {
+  Packed packed;
+  if (kernel.pack == nullptr) return packed;
+  packed.block_bytes = kernel.packed_bytes(make_tile(p));
+  const int64_t num_blocks = p.num_rows * p.num_heads * num_kv;
+  packed.memory.reset(new char[num_blocks * packed.block_bytes]);  // pages come as they are written
+  const std::vector<int64_t> visited = visited_blocks(p, num_q, num_kv);
+  run_queue(static_cast<int64_t>(visited.size()), num_threads, [&] {
+    return [&, worker = std::make_unique<Worker>(p, kernel, packed)](int64_t i) {
+      worker->pack(visited[i]);
+    };
+  });
+  return packed;
+}
 
 }  // namespace
 
@@ -163,7 +219,10 @@ void block_sparse_attention(const AttentionParams& p) {
   const TileKernel& kernel = choose_kernel(p);
   const int64_t flops = 4 * p.num_rows * p.num_heads * p.len_q * p.len_kv * p.head_dim;
   const int num_threads = flops < kernel.serial_flops ? 1 : p.num_threads;
-  run_queue(items, num_threads, [&] { return Worker(p, kernel); });
+  const Packed packed = pack_values(p, kernel, num_q, num_kv, num_threads);
+  run_queue(items, num_threads, [&] {
+    return [&, worker = std::make_unique<Worker>(p, kernel, packed)](int64_t i) { worker->run(i); };
+  });
 }
 
 }  // namespace rapid3rt

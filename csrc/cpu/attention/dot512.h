@@ -21,23 +21,31 @@ struct DotProducts {
     return _mm512_maskz_loadu_ps(V::first(n), row + 4 * word);
   }
 
-  static void load_keys(const Plan&, int64_t, int64_t) {}
+  static void load_keys(const Plan& p, int64_t num_keys, int64_t) { pad_keys(p, num_keys); }
 
-  // Words of two keys each; a missing last key is 0.
+  // n channels from d on of two rows, paired; a null row is 0.
+  static Vec join(const char* even, const char* odd, int64_t d, int64_t n) {
+    const __m512i low = even == nullptr ? _mm512_setzero_si512() : widen(even + 2 * d, n);
+    const __m512i high = odd == nullptr ? _mm512_setzero_si512() : widen(odd + 2 * d, n);
+    return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+  static __m512i widen(const char* from, int64_t n) {
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(V::first(n), from));
+  }
+
   static void load_values(const Plan& p, int64_t num_keys, int64_t dim) {
     for (int64_t i = 0; i < num_keys; i += 2) {
       Word* const to = p.values + i / 2 * (dim + kSpread);
-      for (int64_t d = 0; d < dim; d += 16) {
-        const __mmask16 some = V::first(smaller(16, dim - d));
-        const __m256i even = _mm256_maskz_loadu_epi16(some, p.value_row[i] + 2 * d);
-        const __m256i odd = i + 1 < num_keys
-                                ? _mm256_maskz_loadu_epi16(some, p.value_row[i + 1] + 2 * d)
-                                : _mm256_setzero_si256();
-        const __m512i words = _mm512_or_si512(_mm512_cvtepu16_epi32(even),
-                                              _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-        _mm512_mask_storeu_epi32(to + d, some, words);
+      const char* const odd = i + 1 < num_keys ? p.value_row[i + 1] : nullptr;
+      for (int64_t d = 0; d < dim; d += V::kLanes) {
+        const int64_t n = smaller(V::kLanes, dim - d);
+        V::store_words(to + d, n, join(p.value_row[i], odd, d, n));
       }
     }
+  }
+
+  static const char* value_row(const Tile& t, int64_t key) {
+    return plain_value_row<kType>(t, key);
   }
 
   template <int R, int C>

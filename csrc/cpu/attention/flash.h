@@ -9,7 +9,8 @@
 // follow each other along the axis that is summed over (M::kPair = 2).
 //
 // V, vectors of kLanes floats: load, store, set1, zero, mul, add, max, fma, exp2<degree>, ...
-// M, products: V, kPair, kType, and how queries, keys, values and weights become words.
+// M, products: V, kPair, kType, how queries, keys, values and weights become words, and the two
+//   products themselves: make_logits and add_values, unless those below serve.
 //
 // No lane reads another and every sum runs in the order of the list: a query's result depends
 // neither on its neighbours in the tile nor on the width of the vectors' groups.
@@ -54,15 +55,16 @@ constexpr int64_t element_bytes(int type) { return type == kFloat32 ? 4 : 2; }
 // Scratch of one tile. Queries and output are cut into panels of W queries, W the width of a group
 // of vectors: panel [rows, W] after panel.
 struct Plan {
-  Word* queries;         // [head_dim / pair, W] per panel
-  Word* output;          // [head_dim, W] per panel
-  Word* keys;            // [kChunk, head_dim], where keys are converted
-  Word* values;          // [kChunk / pair, head_dim + kSpread]
-  Word* logits;          // [kChunk, W]; the weights [kChunk / pair, W] take their place
-  float* row_max;        // [block_q], in units of log2
-  float* row_sum;        // [block_q]
-  const char** key_row;  // [kChunk]
-  const char** value_row;
+  Word* queries;           // [head_dim / pair, W] per panel
+  Word* output;            // [head_dim, W] per panel
+  Word* keys;              // [kChunk, head_dim], where keys are converted
+  Word* values;            // [kChunk / pair, head_dim + kSpread]
+  Word* logits;            // [kChunk, W]; the weights [kChunk / pair, W] take their place
+  float* row_max;          // [block_q], in units of log2
+  float* row_sum;          // [block_q]
+  const char** key_row;    // [kChunk]
+  const char** value_row;  // [kChunk]
+  int64_t value_stride;    // bytes between rows of packed values
   int64_t bytes;
 };
 
@@ -86,6 +88,7 @@ inline Plan make_plan(const Tile& t) {
   p.row_sum = static_cast<float*>(take(num_q, 4));
   p.key_row = static_cast<const char**>(take(kChunk, sizeof(char*)));
   p.value_row = static_cast<const char**>(take(kChunk, sizeof(char*)));
+  p.value_stride = t.block_kv * 2;
   p.bytes = static_cast<int64_t>(at - begin);
   return p;
 }
@@ -251,17 +254,28 @@ inline void store_output(const Tile& t, const Plan& p, int64_t dim) {
   }
 }
 
+// A group of keys is complete: the last one stands for those that are missing.
+inline void pad_keys(const Plan& p, int64_t num_keys) {
+  for (int64_t i = num_keys; i % kKeyGroup != 0; ++i) p.key_row[i] = p.key_row[i - 1];
+}
+
+template <int kType>
+inline const char* plain_value_row(const Tile& t, int64_t key) {
+  return static_cast<const char*>(t.v.data) + key * t.v.token * element_bytes(kType);
+}
+
 // Addresses of the next listed keys and values, as many blocks as fit into a chunk.
-inline int64_t next_chunk(const Tile& t, const Plan& p, int64_t element, int64_t& listed) {
+template <class M>
+inline int64_t next_chunk(const Tile& t, const Plan& p, int64_t& listed) {
   int64_t num_keys = 0;
   const char* const k = static_cast<const char*>(t.k.data);
-  const char* const v = static_cast<const char*>(t.v.data);
+  const int64_t token = t.k.token * element_bytes(M::kType);
   for (; listed < t.num_listed && num_keys + t.block_kv <= kChunk; ++listed) {
     const int64_t first = (t.index == nullptr ? listed : t.index[listed]) * t.block_kv;
     const int64_t last = smaller(first + t.block_kv, t.num_kv);
     for (int64_t key = first; key < last; ++key, ++num_keys) {
-      p.key_row[num_keys] = k + key * t.k.token * element;
-      p.value_row[num_keys] = v + key * t.v.token * element;
+      p.key_row[num_keys] = k + key * token;
+      p.value_row[num_keys] = M::value_row(t, key);
     }
   }
   return num_keys;
@@ -280,11 +294,10 @@ void run_tile(const Tile& t) {
   load_queries<M>(t, p, dim);
   bool first = true;
   for (int64_t listed = 0; listed < t.num_listed;) {
-    const int64_t num_keys = next_chunk(t, p, element_bytes(M::kType), listed);
+    const int64_t num_keys = next_chunk<M>(t, p, listed);
     if (num_keys == 0) continue;  // all keys of these blocks lie beyond kv_len
     M::load_keys(p, num_keys, dim);
     M::load_values(p, num_keys, dim);
-    for (int64_t i = num_keys; i % kKeyGroup != 0; ++i) p.key_row[i] = p.key_row[i - 1];
     for (int64_t col = 0; col < t.num_q;) {
       if (V::kWide && panel_vectors<V>(t, col) == 4) {
         run_panel<M, 4, 4>(t, p, col, num_keys, dim, first);
@@ -330,17 +343,21 @@ struct FloatProducts {
   }
 
   static void load_keys(const Plan& p, int64_t num_keys, int64_t dim) {
-    if (kElement == kFloat32) return;
-    for (int64_t i = 0; i < num_keys; ++i) {
+    for (int64_t i = 0; kElement != kFloat32 && i < num_keys; ++i) {
       load_row(p.keys + i * dim, p.key_row[i], dim);
       p.key_row[i] = reinterpret_cast<const char*>(p.keys + i * dim);
     }
+    pad_keys(p, num_keys);
   }
 
   static void load_values(const Plan& p, int64_t num_keys, int64_t dim) {
     for (int64_t i = 0; i < num_keys; ++i) {
       load_row(p.values + i * (dim + kSpread), p.value_row[i], dim);
     }
+  }
+
+  static const char* value_row(const Tile& t, int64_t key) {
+    return plain_value_row<kType>(t, key);
   }
 
   template <int R, int C>

@@ -161,6 +161,7 @@ void run_any_type(const Tile& tile) {
 
 }  // namespace
 
-const TileKernel kScalarTile = {run_any_type, scratch_bytes, 1000000, nullptr, nullptr};
+const TileKernel kScalarTile = {run_any_type, scratch_bytes, 1000000, nullptr,
+                                nullptr,      nullptr,       nullptr};
 
 }  // namespace rapid3rt
