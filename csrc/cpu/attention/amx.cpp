@@ -73,10 +73,9 @@ struct TileProducts : DotProducts {
 
   static int64_t packed_bytes(const Tile& t) { return t.head_dim * t.block_kv * 2; }
 
-  template <int R, int C>
   static void make_logits(const Plan& p, const Word* queries, int64_t num_keys, int64_t dim,
-                          Vec (&top)[C]) {
-    constexpr int64_t kWidth = C * kSide;
+                          Vec (&top)[kVectors]) {
+    constexpr int64_t kWidth = kVectors * kSide;
     for (int64_t key = 0; key < num_keys; key += kSide) {
       const char* const keys = p.key_row[key];
       const int64_t token = p.key_row[key + 1] - keys;
@@ -92,21 +91,21 @@ struct TileProducts : DotProducts {
       if (both) key += kSide;
     }
     for (int64_t key = 0; key < num_keys; ++key) {
-      for (int c = 0; c < C; ++c) {
-        top[c] = V::max(top[c], V::load(p.logits + (key * C + c) * V::kLanes));
+      for (int c = 0; c < kVectors; ++c) {
+        top[c] = V::max(top[c], V::load(p.logits + (key * kVectors + c) * V::kLanes));
       }
     }
   }
 
-  template <int R, int C>
   static void add_values(const Plan& p, Word* output, int64_t pairs, int64_t dim, bool first,
-                         const Vec (&decay)[C]) {
-    constexpr int64_t kWidth = C * kSide;
+                         const Vec (&decay)[kVectors]) {
+    constexpr int64_t kWidth = kVectors * kSide;
     const int64_t padded = round_up(pairs, kSide);
-    for (int64_t i = pairs * C; i < padded * C; ++i) V::store(p.logits + i * kSide, V::zero());
+    for (int64_t i = pairs * kVectors; i < padded * kVectors; ++i)
+      V::store(p.logits + i * kSide, V::zero());
     for (int64_t i = 0; !first && i < dim; ++i) {
-      for (int c = 0; c < C; ++c) {
-        Word* const at = output + (i * C + c) * V::kLanes;
+      for (int c = 0; c < kVectors; ++c) {
+        Word* const at = output + (i * kVectors + c) * V::kLanes;
         V::store(at, V::mul(decay[c], V::load(at)));
       }
     }

@@ -48,22 +48,19 @@ struct DotProducts {
     return plain_value_row<kType>(t, key);
   }
 
-  template <int R, int C>
   static void make_logits(const Plan& p, const Word* queries, int64_t num_keys, int64_t dim,
-                          Vec (&top)[C]) {
-    rapid3rt::make_logits<DotProducts, R, C>(p, queries, num_keys, dim / 2, top);
+                          Vec (&top)[kVectors]) {
+    rapid3rt::make_logits<DotProducts>(p, queries, num_keys, dim / 2, top);
   }
 
-  template <int R, int C>
   static void add_values(const Plan& p, Word* output, int64_t pairs, int64_t dim, bool first,
-                         const Vec (&decay)[C]) {
-    rapid3rt::add_values<DotProducts, R, C>(p, output, pairs, dim, first, decay);
+                         const Vec (&decay)[kVectors]) {
+    rapid3rt::add_values<DotProducts>(p, output, pairs, dim, first, decay);
   }
 
   // Weights of two keys become one row of words. Their sum is taken before they are rounded.
-  template <int C>
-  static void make_weights(Word* logits, int64_t num_keys, Vec scale, const Vec (&base)[C],
-                           Vec (&sum)[C]) {
+  static void make_weights(Word* logits, int64_t num_keys, Vec scale, const Vec (&base)[kVectors],
+                           Vec (&sum)[kVectors]) {
     // clang-format off
     alignas(64) static constexpr uint16_t kInterleave[32] = {
         0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
@@ -71,16 +68,16 @@ struct DotProducts {
     // clang-format on
     const __m512i interleave = _mm512_load_si512(kInterleave);
     for (int64_t i = 0; i < num_keys; i += 2) {
-      for (int c = 0; c < C; ++c) {
-        const Word* const from = logits + (i * C + c) * V::kLanes;
+      for (int c = 0; c < kVectors; ++c) {
+        const Word* const from = logits + (i * kVectors + c) * V::kLanes;
         const Vec even = V::exp2<4>(V::fms(V::load(from), scale, base[c]));
         Vec odd = V::zero();
         if (i + 1 < num_keys) {
-          odd = V::exp2<4>(V::fms(V::load(from + C * V::kLanes), scale, base[c]));
+          odd = V::exp2<4>(V::fms(V::load(from + kVectors * V::kLanes), scale, base[c]));
         }
         sum[c] = V::add(sum[c], V::add(even, odd));
         const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-        Word* const to = logits + (i / 2 * C + c) * V::kLanes;
+        Word* const to = logits + (i / 2 * kVectors + c) * V::kLanes;
         V::store(to, _mm512_castsi512_ps(_mm512_permutexvar_epi16(interleave, both)));
       }
     }

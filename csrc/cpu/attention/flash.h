@@ -26,9 +26,11 @@ namespace {
 
 typedef float __attribute__((may_alias)) Word;
 
+constexpr int kVectors = 2;       // vectors of queries in a panel
 constexpr int64_t kChunk = 128;   // keys between two updates of the running maximum
 constexpr int64_t kKeyGroup = 8;  // keys of a chunk are padded to a multiple by repeating the last
 constexpr int64_t kSpread = 16;   // words between rows of values: else they share few cache sets
+constexpr int64_t kWidest = 32;   // queries in a panel of the widest vectors; divides block_q
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 constexpr int kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2;  // as DType
@@ -52,8 +54,8 @@ inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t element_bytes(int type) { return type == kFloat32 ? 4 : 2; }
 
-// Scratch of one tile. Queries and output are cut into panels of W queries, W the width of a group
-// of vectors: panel [rows, W] after panel.
+// Scratch of one tile. Queries and output are cut into panels of W queries, two vectors wide: panel
+// [rows, W] after panel. Wider panels read keys and values less often, but were no faster.
 struct Plan {
   Word* queries;           // [head_dim / pair, W] per panel
   Word* output;            // [head_dim, W] per panel
@@ -68,9 +70,8 @@ struct Plan {
   int64_t bytes;
 };
 
-// block_q is rounded up to the widest panel.
 inline Plan make_plan(const Tile& t) {
-  const int64_t num_q = round_up(t.block_q, 64), dim = t.head_dim;
+  const int64_t num_q = t.block_q, dim = t.head_dim;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(t.scratch);
   uintptr_t at = begin;
   const auto take = [&](int64_t count, int64_t size) {
@@ -83,7 +84,7 @@ inline Plan make_plan(const Tile& t) {
   p.output = static_cast<Word*>(take(dim * num_q, 4));
   p.keys = static_cast<Word*>(take(kChunk * dim, 4));
   p.values = static_cast<Word*>(take(kChunk * (dim + kSpread), 4));
-  p.logits = static_cast<Word*>(take(kChunk * 64, 4));
+  p.logits = static_cast<Word*>(take(kChunk * kWidest, 4));
   p.row_max = static_cast<float*>(take(num_q, 4));
   p.row_sum = static_cast<float*>(take(num_q, 4));
   p.key_row = static_cast<const char**>(take(kChunk, sizeof(char*)));
@@ -99,83 +100,77 @@ inline int64_t flash_scratch_bytes(const Tile& t) {
   return make_plan(empty).bytes;
 }
 
-// Vectors in the panel that begins at query `col`.
-template <class V>
-inline int64_t panel_vectors(const Tile& t, int64_t col) {
-  return V::kWide && t.num_q - col > 2 * V::kLanes ? 4 : 2;
-}
-
-// acc[R, C] += left[R, depth] right[depth, C], where left(r, i) is a word.
-template <class M, int R, int C, class Left>
+// acc[R, kVectors] = left[R, depth] right[depth, kVectors], where left(r, i) is a word.
+template <class M, int R, class Left>
 inline __attribute__((always_inline)) void multiply(Left left, const Word* right, int64_t depth,
-                                                    typename M::V::Vec (&acc)[R][C]) {
+                                                    typename M::V::Vec (&acc)[R][kVectors]) {
   using V = typename M::V;
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < kVectors; ++c) acc[r][c] = V::zero();
+  }
   for (int64_t i = 0; i < depth; ++i) {
-    typename V::Vec b[C];
-    for (int c = 0; c < C; ++c) b[c] = V::load(right + (i * C + c) * V::kLanes);
+    typename V::Vec b[kVectors];
+    for (int c = 0; c < kVectors; ++c) b[c] = V::load(right + (i * kVectors + c) * V::kLanes);
     for (int r = 0; r < R; ++r) {
       const typename V::Vec a = V::set1(left(r, i));
-      for (int c = 0; c < C; ++c) acc[r][c] = M::fma(a, b[c], acc[r][c]);
+      for (int c = 0; c < kVectors; ++c) acc[r][c] = M::fma(a, b[c], acc[r][c]);
     }
   }
 }
 
 // logits[num_keys, W] = keys queries^T of one panel; `top` becomes their largest per query.
-template <class M, int R, int C>
+template <class M>
 inline void make_logits(const Plan& p, const Word* queries, int64_t num_keys, int64_t words,
-                        typename M::V::Vec (&top)[C]) {
+                        typename M::V::Vec (&top)[kVectors]) {
   using V = typename M::V;
+  constexpr int R = V::kRows;
   for (int64_t key = 0; key < num_keys; key += R) {
     const Word* row[R];
     for (int r = 0; r < R; ++r) row[r] = reinterpret_cast<const Word*>(p.key_row[key + r]);
-    typename V::Vec acc[R][C];
+    typename V::Vec acc[R][kVectors];
+    multiply<M, R>([&](int r, int64_t i) { return row[r][i]; }, queries, words, acc);
     for (int r = 0; r < R; ++r) {
-      for (int c = 0; c < C; ++c) acc[r][c] = V::zero();
-    }
-    multiply<M, R, C>([&](int r, int64_t i) { return row[r][i]; }, queries, words, acc);
-    for (int r = 0; r < R; ++r) {
-      for (int c = 0; c < C; ++c) {
+      for (int c = 0; c < kVectors; ++c) {
         top[c] = V::max(top[c], acc[r][c]);
-        V::store(p.logits + ((key + r) * C + c) * V::kLanes, acc[r][c]);
+        V::store(p.logits + ((key + r) * kVectors + c) * V::kLanes, acc[r][c]);
       }
     }
   }
 }
 
-// output[head_dim, W] = output decay + values^T weights of one panel.
-template <class M, int R, int C>
+// output[head_dim, W] = output decay + values^T weights of one panel. A chunk is summed by itself:
+// one long chain over all keys would round twice as badly as PyTorch.
+template <class M>
 inline void add_values(const Plan& p, Word* output, int64_t pairs, int64_t dim, bool first,
-                       const typename M::V::Vec (&decay)[C]) {
+                       const typename M::V::Vec (&decay)[kVectors]) {
   using V = typename M::V;
+  constexpr int R = V::kRows;
   for (int64_t d = 0; d < dim; d += R) {
-    typename V::Vec acc[R][C];
-    Word* const out = output + d * C * V::kLanes;
-    for (int r = 0; r < R; ++r) {
-      for (int c = 0; c < C; ++c) {
-        acc[r][c] = first ? V::zero() : V::mul(decay[c], V::load(out + (r * C + c) * V::kLanes));
-      }
-    }
+    typename V::Vec acc[R][kVectors];
     const Word* const values = p.values + d;
-    multiply<M, R, C>([&](int r, int64_t i) { return values[i * (dim + kSpread) + r]; }, p.logits,
-                      pairs, acc);
+    multiply<M, R>([&](int r, int64_t i) { return values[i * (dim + kSpread) + r]; }, p.logits,
+                   pairs, acc);
     for (int r = 0; r < R; ++r) {
-      for (int c = 0; c < C; ++c) V::store(out + (r * C + c) * V::kLanes, acc[r][c]);
+      for (int c = 0; c < kVectors; ++c) {
+        Word* const out = output + ((d + r) * kVectors + c) * V::kLanes;
+        V::store(out, first ? acc[r][c] : V::fma(decay[c], V::load(out), acc[r][c]));
+      }
     }
   }
 }
 
-// One chunk of keys against one panel of C vectors of queries.
-template <class M, int R, int C>
+// One chunk of keys against one panel of kVectors vectors of queries.
+template <class M>
 inline void run_panel(const Tile& t, const Plan& p, int64_t col, int64_t num_keys, int64_t dim,
                       bool first) {
   using V = typename M::V;
   using Vec = typename V::Vec;
   const Word* const queries = p.queries + col * (dim / M::kPair);
-  Vec top[C], base[C], sum[C], decay[C];
-  for (int c = 0; c < C; ++c) top[c] = V::set1(-__builtin_inff());
-  M::template make_logits<R, C>(p, queries, num_keys, dim, top);
+  Vec top[kVectors], base[kVectors], sum[kVectors], decay[kVectors];
+  for (int c = 0; c < kVectors; ++c) top[c] = V::set1(-__builtin_inff());
+  M::make_logits(p, queries, num_keys, dim, top);
   const Vec scale = V::set1((t.scale < 0 ? -t.scale : t.scale) * kLog2E);
-  for (int c = 0; c < C; ++c) {
+  for (int c = 0; c < kVectors; ++c) {
     float* const row_max = p.row_max + col + c * V::kLanes;
     const Vec old = V::load(row_max);
     const Vec now = V::max(old, V::mul(top[c], scale));
@@ -185,13 +180,13 @@ inline void run_panel(const Tile& t, const Plan& p, int64_t col, int64_t num_key
     sum[c] = V::zero();
     V::store(row_max, now);
   }
-  M::template make_weights<C>(p.logits, num_keys, scale, base, sum);
-  for (int c = 0; c < C; ++c) {
+  M::make_weights(p.logits, num_keys, scale, base, sum);
+  for (int c = 0; c < kVectors; ++c) {
     float* const row_sum = p.row_sum + col + c * V::kLanes;
     V::store(row_sum, V::fma(V::load(row_sum), decay[c], sum[c]));
   }
   const int64_t pairs = (num_keys + M::kPair - 1) / M::kPair;
-  M::template add_values<R, C>(p, p.output + col * dim, pairs, dim, first, decay);
+  M::add_values(p, p.output + col * dim, pairs, dim, first, decay);
 }
 
 // Queries to words, transposed: panels [head_dim / pair, W], zero beyond num_q. A negative scale is
@@ -202,8 +197,8 @@ inline void load_queries(const Tile& t, const Plan& p, int64_t dim) {
   const int64_t words = dim / M::kPair;
   const char* const q = static_cast<const char*>(t.q.data);
   const int64_t token = t.q.token * element_bytes(M::kType);
-  for (int64_t col = 0; col < t.num_q;) {
-    const int64_t width = panel_vectors<V>(t, col) * V::kLanes;
+  constexpr int64_t width = kVectors * V::kLanes;
+  for (int64_t col = 0; col < t.num_q; col += width) {
     for (int64_t at = 0; at < width; at += V::kLanes) {
       Word* const to = p.queries + col * words + at;
       for (int64_t w = 0; w < words; w += V::kLanes) {
@@ -218,7 +213,6 @@ inline void load_queries(const Tile& t, const Plan& p, int64_t dim) {
         for (int64_t i = 0; i < n; ++i) V::store(to + (w + i) * width, block[i]);
       }
     }
-    col += width;
   }
 }
 
@@ -227,8 +221,8 @@ template <class M>
 inline void store_output(const Tile& t, const Plan& p, int64_t dim) {
   using V = typename M::V;
   const int64_t token = t.out_token * element_bytes(M::kType);
-  for (int64_t col = 0; col < t.num_q;) {
-    const int64_t width = panel_vectors<V>(t, col) * V::kLanes;
+  constexpr int64_t width = kVectors * V::kLanes;
+  for (int64_t col = 0; col < t.num_q; col += width) {
     for (int64_t at = 0; at < width && col + at < t.num_q; at += V::kLanes) {
       const typename V::Vec factor = V::inverse_or_zero(V::load(p.row_sum + col + at));
       const Word* const from = p.output + col * dim + at;
@@ -246,7 +240,6 @@ inline void store_output(const Tile& t, const Plan& p, int64_t dim) {
         }
       }
     }
-    col += width;
   }
   for (int64_t i = 0; i < t.num_q; ++i) {
     t.row_max[i] = p.row_max[i] * kLn2;
@@ -286,7 +279,7 @@ void run_tile(const Tile& t) {
   using V = typename M::V;
   const int64_t dim = kDim == 0 ? t.head_dim : kDim;
   const Plan p = make_plan(t);
-  const int64_t padded = round_up(t.num_q, 4 * V::kLanes);
+  const int64_t padded = round_up(t.num_q, kVectors * V::kLanes);
   for (int64_t i = 0; i < padded; i += V::kLanes) {
     V::store(p.row_max + i, V::set1(-__builtin_inff()));
     V::store(p.row_sum + i, V::zero());
@@ -298,14 +291,8 @@ void run_tile(const Tile& t) {
     if (num_keys == 0) continue;  // all keys of these blocks lie beyond kv_len
     M::load_keys(p, num_keys, dim);
     M::load_values(p, num_keys, dim);
-    for (int64_t col = 0; col < t.num_q;) {
-      if (V::kWide && panel_vectors<V>(t, col) == 4) {
-        run_panel<M, 4, 4>(t, p, col, num_keys, dim, first);
-        col += 4 * V::kLanes;
-      } else {
-        run_panel<M, V::kNarrowRows, 2>(t, p, col, num_keys, dim, first);
-        col += 2 * V::kLanes;
-      }
+    for (int64_t col = 0; col < t.num_q; col += kVectors * V::kLanes) {
+      run_panel<M>(t, p, col, num_keys, dim, first);
     }
     first = false;
   }
@@ -360,24 +347,21 @@ struct FloatProducts {
     return plain_value_row<kType>(t, key);
   }
 
-  template <int R, int C>
   static void make_logits(const Plan& p, const Word* queries, int64_t num_keys, int64_t dim,
-                          Vec (&top)[C]) {
-    rapid3rt::make_logits<FloatProducts, R, C>(p, queries, num_keys, dim, top);
+                          Vec (&top)[kVectors]) {
+    rapid3rt::make_logits<FloatProducts>(p, queries, num_keys, dim, top);
   }
 
-  template <int R, int C>
   static void add_values(const Plan& p, Word* output, int64_t pairs, int64_t dim, bool first,
-                         const Vec (&decay)[C]) {
-    rapid3rt::add_values<FloatProducts, R, C>(p, output, pairs, dim, first, decay);
+                         const Vec (&decay)[kVectors]) {
+    rapid3rt::add_values<FloatProducts>(p, output, pairs, dim, first, decay);
   }
 
-  template <int C>
-  static void make_weights(Word* logits, int64_t num_keys, Vec scale, const Vec (&base)[C],
-                           Vec (&sum)[C]) {
+  static void make_weights(Word* logits, int64_t num_keys, Vec scale, const Vec (&base)[kVectors],
+                           Vec (&sum)[kVectors]) {
     for (int64_t i = 0; i < num_keys; ++i) {
-      for (int c = 0; c < C; ++c) {
-        Word* const at = logits + (i * C + c) * V::kLanes;
+      for (int c = 0; c < kVectors; ++c) {
+        Word* const at = logits + (i * kVectors + c) * V::kLanes;
         const Vec weight = V::template exp2<5>(V::fms(V::load(at), scale, base[c]));
         sum[c] = V::add(sum[c], weight);
         V::store(at, weight);

@@ -10,8 +10,8 @@ namespace {
 struct Vectors256 {
   using Vec = __m256;
   static constexpr int64_t kLanes = 8;
-  static constexpr bool kWide = false;  // 16 registers hold 4 x 2 sums, their operands and a limit
-  static constexpr int kNarrowRows = 4;
+  static constexpr int kRows =
+      4;  // sums of kRows x 2 vectors, and their operands, fill the registers
 
   static Vec load(const Word* p) { return _mm256_loadu_ps(p); }
   static void store(Word* p, Vec x) { _mm256_storeu_ps(p, x); }

@@ -10,8 +10,8 @@ namespace {
 struct Vectors512 {
   using Vec = __m512;
   static constexpr int64_t kLanes = 16;
-  static constexpr bool kWide = true;
-  static constexpr int kNarrowRows = 8;
+  static constexpr int kRows =
+      8;  // sums of kRows x 2 vectors, and their operands, fill the registers
 
   static Vec load(const Word* p) { return _mm512_loadu_ps(p); }
   static void store(Word* p, Vec x) { _mm512_storeu_ps(p, x); }
