@@ -45,7 +45,8 @@ matrix: $(VENV)/.built ## Run the identity matrix; write docs/matrix.md and the 
 	$(BIN)/python tests/matrix/table.py
 	git --no-pager diff --stat -- docs README.md
 
-# AMX tiles are emulated: a sanitizer cannot see what tile instructions read.
+# AMX tiles are emulated: a sanitizer cannot see what tile instructions read. New memory is filled with NaN, so that
+# scratch that is read before it is written shows.
 SANITIZE := cmake -S . -G Ninja -DRAPID3RT_TESTS=ON -DRAPID3RT_AMX_EMULATED=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
 sanitize: $(VENV)/.tools ## C++ tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 	PATH=$(abspath $(BIN)):$$PATH; export PATH; set -e; \
@@ -54,7 +55,7 @@ sanitize: $(VENV)/.tools ## C++ tests under AddressSanitizer, UndefinedBehaviorS
 	$(SANITIZE) -B build/tsan -DCMAKE_CXX_FLAGS="-fsanitize=thread"; \
 	cmake --build build/asan --target attention_test queue_test; \
 	cmake --build build/tsan --target queue_test; \
-	build/asan/csrc/tests/attention_test; \
+	ASAN_OPTIONS=malloc_fill_byte=255:max_malloc_fill_size=1073741824 build/asan/csrc/tests/attention_test; \
 	build/asan/csrc/tests/queue_test; \
 	build/tsan/csrc/tests/queue_test
 

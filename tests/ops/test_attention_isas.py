@@ -8,6 +8,7 @@ import torch
 from attention_calls import ISAS, check_attention, forced
 
 from rapid3rt import ops
+from rapid3rt.ops import native
 from rapid3rt.testing.cases import (
     DTYPES,
     Case,
@@ -103,3 +104,21 @@ def test_a_negative_scale_and_a_zero_scale_are_exact(isa: str, dtype: torch.dtyp
         with forced(isa):
             what = f"{isa} scale {scale}"
             check_attention(what, (q, k, v, mode, None, None, None, None, 64, 64, scale, True))
+
+
+@pytest.mark.parametrize("stride", [-64, 66])
+@pytest.mark.parametrize("name", ["out", "q", "k", "v"])
+def test_strides_that_no_kernel_may_see_are_refused(name: str, stride: int) -> None:
+    """PyTorch has no negative strides; the compiled module refuses them by itself."""
+    q = torch.zeros(1, 1, 64, 64)
+    mode = torch.zeros(1, 1, dtype=torch.uint8)
+    strides = dict.fromkeys(("out", "q", "k", "v"), (4096, 4096, 64))
+    strides[name] = (4096, 4096, stride)
+    sizes = (1, 1, 64, 64, 64)
+    with pytest.raises(
+        ValueError, match=rf"{name} must have strides .* not negative, got {stride}"
+    ):
+        native._cpu.block_sparse_attention(
+            q.data_ptr(), 0, q.data_ptr(), q.data_ptr(), q.data_ptr(), mode.data_ptr(), 0, 0, 0, 0,
+            *strides.values(), (0, 0, 0), (0, 0), sizes, 64, 64, 0, 1.0, False, 0, 1,
+        )  # fmt: skip

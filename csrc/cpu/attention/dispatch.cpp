@@ -101,9 +101,9 @@ class Worker {
  public:
   Worker(const AttentionParams& p, const TileKernel& kernel, const Packed& packed)
       : p_(p), kernel_(kernel), packed_(packed), tile_(make_tile(p)), sums_(2 * p.block_q) {
-    scratch_.resize(kernel.scratch_bytes(tile_) + kAlignment);
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(scratch_.data());
-    tile_.scratch = scratch_.data() + (kAlignment - begin % kAlignment);
+    scratch_.reset(new char[kernel.scratch_bytes(tile_) + kAlignment]);
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(scratch_.get());
+    tile_.scratch = scratch_.get() + (kAlignment - begin % kAlignment);
     tile_.row_max = sums_.data();
     tile_.row_sum = sums_.data() + p.block_q;
     if (kernel.enter != nullptr) kernel.enter();
@@ -167,7 +167,7 @@ class Worker {
   const Packed& packed_;
   Tile tile_;
   std::vector<float> sums_;
-  std::vector<char> scratch_;
+  std::unique_ptr<char[]> scratch_;  // holds garbage at first
 };
 
 // Key blocks (row, head, block) that some tile visits.
