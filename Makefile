@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 CPP := $(sort $(shell find csrc -name '*.cpp' -o -name '*.h'))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint bench golden matrix gpu-check clean
+.PHONY: help demo test check lint bench golden matrix sanitize gpu-check clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -44,6 +44,20 @@ golden: $(VENV)/.built ## Write the golden files anew and show what changed
 matrix: $(VENV)/.built ## Run the identity matrix; write docs/matrix.md and the README's table anew
 	$(BIN)/python tests/matrix/table.py
 	git --no-pager diff --stat -- docs README.md
+
+# AMX tiles are emulated: a sanitizer cannot see what tile instructions read. New memory is filled with NaN, so that
+# scratch that is read before it is written shows.
+SANITIZE := cmake -S . -G Ninja -DRAPID3RT_TESTS=ON -DRAPID3RT_AMX_EMULATED=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
+sanitize: $(VENV)/.tools ## C++ tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
+	PATH=$(abspath $(BIN)):$$PATH; export PATH; set -e; \
+	pybind11_DIR=$$(python -m pybind11 --cmakedir); export pybind11_DIR; \
+	$(SANITIZE) -B build/asan -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all"; \
+	$(SANITIZE) -B build/tsan -DCMAKE_CXX_FLAGS="-fsanitize=thread"; \
+	cmake --build build/asan --target attention_test queue_test; \
+	cmake --build build/tsan --target queue_test; \
+	ASAN_OPTIONS=malloc_fill_byte=255:max_malloc_fill_size=1073741824 build/asan/csrc/tests/attention_test; \
+	build/asan/csrc/tests/queue_test; \
+	build/tsan/csrc/tests/queue_test
 
 gpu-check: $(VENV)/.built ## On a machine with a CUDA GPU: the GPU tests
 	@$(BIN)/python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'gpu-check: this machine has no CUDA GPU that torch can use')"

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "isa.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -24,8 +25,35 @@ using Three = std::array<int64_t, 3>;
 
 Strides strides(const Three& s) { return {s[0], s[1], s[2]}; }
 
-void check_aligned(const char* name, uintptr_t address) {
+std::vector<std::string> isas() {
+  return {kIsaNames, kIsaNames + static_cast<int>(best_isa()) + 1};
+}
+
+std::string isa() { return kIsaNames[static_cast<int>(current_isa())]; }
+
+void force_isa_named(const std::string& name) {
+  std::string list;
+  int at = -1, i = 0;
+  for (const std::string& known : isas()) {
+    list += (i == 0 ? "" : ", ") + known;
+    if (known == name) at = i;
+    ++i;
+  }
+  R3_CHECK(at >= 0, "RAPID3RT_CPU_ISA must be one of ", list,
+           " (this build on this machine), got '", name, "'");
+  force_isa(static_cast<Isa>(at));
+}
+
+// A [R, H, N, K] operand: vectors of keys and queries must be aligned, whatever the caller checked.
+void check_operand(const char* name, uintptr_t address, const Three& strides, Three sizes,
+                   int dtype) {
   R3_CHECK(address % 16 == 0, name, " must start at a multiple of 16 bytes, got address ", address);
+  const int64_t step = dtype == static_cast<int>(DType::kFloat32) ? 4 : 8;
+  for (int i = 0; i < 3; ++i) {
+    R3_CHECK(sizes[i] <= 1 || (strides[i] >= 0 && strides[i] % step == 0), name,
+             " must have strides that are multiples of 16 bytes and not negative, got ", strides[i],
+             " elements");
+  }
 }
 
 void lookup(uintptr_t out, uintptr_t embedded, uintptr_t slots, uintptr_t slot, uintptr_t coef,
@@ -108,10 +136,11 @@ void attention(uintptr_t out, uintptr_t lse, uintptr_t q, uintptr_t k, uintptr_t
                Three index_strides, std::array<int64_t, 2> count_strides,
                std::array<int64_t, 5> sizes, int64_t block_q, int64_t block_kv, int64_t list_len,
                float scale, bool allow_skip, int dtype, int num_threads) {
-  check_aligned("out", out);
-  check_aligned("q", q);
-  check_aligned("k", k);
-  check_aligned("v", v);
+  const Three queries = {sizes[0], sizes[1], sizes[2]}, keys = {sizes[0], sizes[1], sizes[3]};
+  check_operand("out", out, out_strides, queries, dtype);
+  check_operand("q", q, q_strides, queries, dtype);
+  check_operand("k", k, k_strides, keys, dtype);
+  check_operand("v", v, v_strides, keys, dtype);
   AttentionParams p{};
   p.out = pointer<void>(out);
   p.lse = pointer<float>(lse);
@@ -156,8 +185,10 @@ PYBIND11_MODULE(_cpu, m) {
 #else
   m.attr("has_openmp") = false;
 #endif
-  m.attr("isas") = std::vector<std::string>{"scalar"};
+  m.attr("isas") = isas();  // those that this build and this machine have, ascending
   const py::call_guard<py::gil_scoped_release> no_gil;
+  m.def("isa", &isa);
+  m.def("force_isa", &force_isa_named);
   m.def("block_sparse_attention", &attention, no_gil);
   m.def("build_block_lists", &lists, no_gil);
   m.def("cache_lookup", &lookup, no_gil);

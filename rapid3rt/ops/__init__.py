@@ -15,6 +15,7 @@ import torch
 
 from rapid3rt.ops import checks, library, reference
 from rapid3rt.ops.backends import BACKENDS, choose, describe_backend
+from rapid3rt.ops.native import info
 
 __all__ = [
     "BACKENDS",
@@ -28,6 +29,7 @@ __all__ = [
     "choose",
     "gate_residual",
     "gather_rows",
+    "info",
     "norm_modulate",
     "scatter_rows",
 ]

@@ -71,4 +71,4 @@ def describe_backend() -> str:
     if not built["available"]:
         return f"reference ({built['reason']})"
     threads = "OpenMP" if built["openmp"] else "one thread, no OpenMP"
-    return f"native on CPU ({', '.join(built['isas'])}; {threads}), reference elsewhere"
+    return f"native on CPU ({built['isa']}; {threads}), reference elsewhere"

@@ -29,9 +29,8 @@ def _load() -> tuple[Any, str | None]:
     except ImportError as error:
         return None, f"module rapid3rt._cpu cannot be loaded: {error}"
     isa = envs.cpu_isa()
-    if isa is not None and isa not in module.isas:
-        known = ", ".join(module.isas)
-        raise ValueError(f"RAPID3RT_CPU_ISA must be one of {known}, got {isa!r}")
+    if isa is not None:
+        module.force_isa(isa)
     return module, None
 
 
@@ -46,10 +45,21 @@ def missing_reason(device_type: str) -> str | None:
 
 
 def info() -> dict[str, Any]:
-    """What the CPU module was built with; `available` False and `reason` when it is missing."""
+    """Tell what the CPU kernels run on.
+
+    Returns
+    -------
+    available: bool. Where it is True: isas (tuple, instruction sets of this build that this machine has, ascending),
+    isa (the one whose attention kernel runs), openmp (bool). Else reason: why the module is missing.
+    """
     if _cpu is None:
         return {"available": False, "reason": _missing}
-    return {"available": True, "isas": tuple(_cpu.isas), "openmp": _cpu.has_openmp}
+    return {
+        "available": True,
+        "isas": tuple(_cpu.isas),
+        "isa": _cpu.isa(),
+        "openmp": _cpu.has_openmp,
+    }
 
 
 def _module() -> Any:

@@ -89,10 +89,36 @@ def test_native_has_no_kernels_for_other_devices() -> None:
     assert "no native kernels for device 'meta'" in reason
 
 
+def import_with_isa(isa: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"RAPID3RT_CPU_ISA": isa}
+    command = [sys.executable, "-c", "from rapid3rt import ops; print(ops.info()['isa'])"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
 def test_an_unknown_isa_is_named() -> None:
-    environment = os.environ | {"RAPID3RT_CPU_ISA": "mmx"}
-    command = [sys.executable, "-c", "import rapid3rt.ops"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = import_with_isa("mmx")
     assert done.returncode != 0
     assert "RAPID3RT_CPU_ISA must be one of scalar" in done.stderr
     assert "got 'mmx'" in done.stderr
+
+
+def test_the_environment_forces_a_lower_isa() -> None:
+    done = import_with_isa("scalar")
+    assert done.stdout.strip() == "scalar", done.stderr
+
+
+def test_an_isa_that_the_machine_lacks_is_refused() -> None:
+    known = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
+    available = ops.info()["isas"]
+    assert available == known[: len(available)]
+    for isa in known[len(available) :]:
+        done = import_with_isa(isa)
+        assert done.returncode != 0
+        assert f"RAPID3RT_CPU_ISA must be one of {', '.join(available)} (" in done.stderr
+        assert f"got '{isa}'" in done.stderr
+
+
+def test_the_best_isa_runs_unless_another_is_forced() -> None:
+    info = ops.info()
+    assert info["isa"] == (os.environ.get("RAPID3RT_CPU_ISA") or info["isas"][-1])
+    assert info["isa"] in ops.describe_backend()

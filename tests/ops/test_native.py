@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_calls import check_attention, widen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,12 +37,6 @@ BITWISE = (
     "gate_residual",
     "build_block_lists",
 )
-
-
-def widen(arguments: Arguments) -> Arguments:
-    """The same call in float64; coefficients stay float32, as the op wants them."""
-    is_float = [isinstance(a, torch.Tensor) and a.is_floating_point() for a in arguments]
-    return tuple(a.double() if f else a for a, f in zip(arguments, is_float, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -86,29 +81,6 @@ def test_native_norms_are_as_exact_as_pytorch(case: Case, dtype: torch.dtype) ->
     got = getattr(ops, case.op)(*arguments, backend="native")
     truth = getattr(reference, case.op)(*widen(arguments))
     assert_close(str(case), got, eager(case, arguments), truth)
-
-
-def masked_sdpa(arguments: Arguments) -> torch.Tensor:
-    q, k, v, mode, count, index, _, kv_len, block_q, block_kv, scale = arguments[:11]
-    blocks = -(-k.shape[2] // block_kv)
-    listed = torch.zeros(*count.shape, blocks + 1, dtype=torch.bool)
-    valid = torch.arange(index.shape[-1]) < count[..., None]
-    listed.scatter_(-1, torch.where(valid, index, blocks).long(), True)
-    seen = listed[..., :blocks] | (mode != 1)[..., None, None]
-    mask = seen.repeat_interleave(block_q, 2).repeat_interleave(block_kv, 3)
-    mask = mask[:, :, : q.shape[2], : k.shape[2]]
-    if kv_len is not None:
-        mask = mask & (torch.arange(k.shape[2]) < kv_len[:, None, None, None])
-    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).nan_to_num(0.0)
-
-
-def check_attention(what: str, arguments: Arguments) -> None:
-    out, lse = ops.block_sparse_attention(*arguments, backend="native")
-    truth, truth_lse = reference.block_sparse_attention(*widen(arguments))
-    assert_close(what, out, masked_sdpa(arguments), truth)
-    assert out.transpose(1, 2).is_contiguous()
-    assert lse.dtype is torch.float32
-    torch.testing.assert_close(lse.double(), truth_lse, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

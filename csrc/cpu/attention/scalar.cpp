@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The tile kernel in portable C++: loops of fixed extent that any compiler vectorises.
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <limits>
 
@@ -13,6 +12,14 @@ namespace {
 
 constexpr int64_t kRows = 4;     // queries per register block; block_q is a multiple of it
 constexpr int64_t kColumns = 8;  // keys or channels per register block
+
+int64_t padded_dim(const Tile& t) { return (t.head_dim + kColumns - 1) / kColumns * kColumns; }
+
+// q, k, v and the output as float, and the logits.
+int64_t scratch_bytes(const Tile& t) {
+  const int64_t floats = padded_dim(t) * (2 * t.block_q + 2 * t.block_kv) + t.block_q * t.block_kv;
+  return floats * static_cast<int64_t>(sizeof(float));
+}
 
 // e^x for x <= 0 within 2 units in the last place; 0 below -87, NaN stays NaN. Vectorises, std::exp
 // does not.
@@ -104,15 +111,15 @@ void load_block(const Tile& t, int64_t first, int64_t num_keys, int64_t padded, 
 
 template <class T>
 void run_tile(const Tile& t) {
-  const int64_t padded = round_up_8(t.head_dim);
+  const int64_t padded = padded_dim(t);
   const int64_t rows = (t.num_q + kRows - 1) / kRows * kRows;
-  float* const queries = t.scratch;
+  float* const queries = static_cast<float*>(t.scratch);
   float* const output = queries + padded * t.block_q;
   float* const keys = output + padded * t.block_q;
   float* const values = keys + padded * t.block_kv;
   float* const logits = values + padded * t.block_kv;
-  float* const row_max = logits + t.block_q * t.block_kv;
-  float* const row_sum = row_max + t.block_q;
+  float* const row_max = t.row_max;
+  float* const row_sum = t.row_sum;
 
   std::fill_n(queries, 2 * padded * t.block_q, 0.0f);
   std::fill_n(values, t.block_kv * padded, 0.0f);
@@ -145,14 +152,16 @@ void run_tile(const Tile& t) {
     for (int64_t d = 0; d < t.head_dim; ++d) {
       from_float(has_keys ? output[i * padded + d] / row_sum[i] : 0.0f, out[d]);
     }
-    if (t.lse != nullptr) t.lse[i] = row_max[i] + std::log(row_sum[i]);
   }
+}
+
+void run_any_type(const Tile& tile) {
+  with_type(static_cast<DType>(tile.dtype), [&](auto type) { run_tile<decltype(type)>(tile); });
 }
 
 }  // namespace
 
-void attention_tile_scalar(const Tile& tile) {
-  with_type(static_cast<DType>(tile.dtype), [&](auto type) { run_tile<decltype(type)>(tile); });
-}
+const TileKernel kScalarTile = {run_any_type, scratch_bytes, 1000000, nullptr,
+                                nullptr,      nullptr,       nullptr};
 
 }  // namespace rapid3rt

@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+// Float arithmetic for all types on AVX-512.
+#include "attention/vectors512.h"
+
+namespace rapid3rt {
+
+const TileKernel kAvx512Tile = {
+    run_float<Vectors512>, flash_scratch_bytes, 12000000, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace rapid3rt

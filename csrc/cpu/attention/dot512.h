@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products of bfloat16 pairs summed in float: AVX-512 BF16.
+#pragma once
+
+#include "attention/vectors512.h"
+
+namespace rapid3rt {
+namespace {
+
+struct DotProducts {
+  using V = Vectors512;
+  using Vec = V::Vec;
+  static constexpr int kPair = 2, kType = kBFloat16;
+
+  static Vec fma(Vec a, Vec b, Vec c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+  static Vec negate(Vec x) { return _mm512_xor_ps(x, signs()); }
+  static Vec signs() {
+    return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(0x80008000)));
+  }
+  static Vec load_words(const char* row, int64_t word, int64_t n) {
+    return _mm512_maskz_loadu_ps(V::first(n), row + 4 * word);
+  }
+
+  static void load_keys(const Plan& p, int64_t num_keys, int64_t) { pad_keys(p, num_keys); }
+
+  // n channels from d on of two rows, paired; a null row is 0.
+  static Vec join(const char* even, const char* odd, int64_t d, int64_t n) {
+    const __m512i low = even == nullptr ? _mm512_setzero_si512() : widen(even + 2 * d, n);
+    const __m512i high = odd == nullptr ? _mm512_setzero_si512() : widen(odd + 2 * d, n);
+    return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+  static __m512i widen(const char* from, int64_t n) {
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(V::first(n), from));
+  }
+
+  static void load_values(const Plan& p, int64_t num_keys, int64_t dim) {
+    for (int64_t i = 0; i < num_keys; i += 2) {
+      Word* const to = p.values + i / 2 * (dim + kSpread);
+      const char* const odd = i + 1 < num_keys ? p.value_row[i + 1] : nullptr;
+      for (int64_t d = 0; d < dim; d += V::kLanes) {
+        const int64_t n = smaller(V::kLanes, dim - d);
+        V::store_words(to + d, n, join(p.value_row[i], odd, d, n));
+      }
+    }
+  }
+
+  static const char* value_row(const Tile& t, int64_t key) {
+    return plain_value_row<kType>(t, key);
+  }
+
+  static void make_logits(const Plan& p, const Word* queries, int64_t num_keys, int64_t dim,
+                          Vec (&top)[kVectors]) {
+    rapid3rt::make_logits<DotProducts>(p, queries, num_keys, dim / 2, top);
+  }
+
+  static void add_values(const Plan& p, Word* output, int64_t pairs, int64_t dim, bool first,
+                         const Vec (&decay)[kVectors]) {
+    rapid3rt::add_values<DotProducts>(p, output, pairs, dim, first, decay);
+  }
+
+  // Weights of two keys become one row of words. Their sum is taken before they are rounded.
+  static void make_weights(Word* logits, int64_t num_keys, Vec scale, const Vec (&base)[kVectors],
+                           Vec (&sum)[kVectors]) {
+    // clang-format off
+    alignas(64) static constexpr uint16_t kInterleave[32] = {
+        0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    // clang-format on
+    const __m512i interleave = _mm512_load_si512(kInterleave);
+    for (int64_t i = 0; i < num_keys; i += 2) {
+      for (int c = 0; c < kVectors; ++c) {
+        const Word* const from = logits + (i * kVectors + c) * V::kLanes;
+        const Vec even = V::exp2<4>(V::fms(V::load(from), scale, base[c]));
+        Vec odd = V::zero();
+        if (i + 1 < num_keys) {
+          odd = V::exp2<4>(V::fms(V::load(from + kVectors * V::kLanes), scale, base[c]));
+        }
+        sum[c] = V::add(sum[c], V::add(even, odd));
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+        Word* const to = logits + (i / 2 * kVectors + c) * V::kLanes;
+        V::store(to, _mm512_castsi512_ps(_mm512_permutexvar_epi16(interleave, both)));
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace rapid3rt

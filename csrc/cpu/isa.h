@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+// The instruction sets that kernels are written for, and which of them this machine has. Ascending:
+// a machine that has one has those before it.
+#pragma once
+
+namespace rapid3rt {
+
+enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
+
+constexpr int kNumIsas = 5;
+constexpr const char* kIsaNames[kNumIsas] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx"};
+
+// The best that processor, operating system and this build offer together. Asks the kernel once for
+// the AMX tile registers; where it refuses, the answer is the set before.
+Isa best_isa();
+
+// The set whose kernels run: the best, unless another one up to it was forced.
+Isa current_isa();
+void force_isa(Isa isa);
+
+}  // namespace rapid3rt

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention on every instruction set that this machine has: as exact as PyTorch, and close to each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_calls import ISAS, check_attention, forced
+
+from rapid3rt import ops
+from rapid3rt.ops import native
+from rapid3rt.testing.cases import (
+    DTYPES,
+    Case,
+    Heads,
+    cases_of,
+    packed_heads,
+    random_lists,
+)
+
+# Of values around 1: the vector units round in another order, and weights to bfloat16.
+CLOSE = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+LENGTHS = (1, 3, 63, 64, 65, 113, 127, 128, 129, 203, 239, 799, 1023)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases_of("block_sparse_attention"), ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_isa_is_as_exact_as_sdpa(isa: str, case: Case, dtype: torch.dtype) -> None:
+    with forced(isa):
+        check_attention(f"{isa} {case}", case.arguments(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [8, 24, 32, 40, 64, 72, 96, 128, 136])
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_head_dim_is_exact(isa: str, head_dim: int, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(head_dim)
+    geometry = Heads(rows=2, heads=2, image=150, text=20, head_dim=head_dim, block=64)
+    q, k, v = packed_heads(g, dtype, geometry)
+    mode = torch.tensor([[1, 0], [1, 1]], dtype=torch.uint8)
+    lists = random_lists(g, geometry, 0.6)
+    with forced(isa):
+        check_attention(f"{isa}", (q, k, v, mode, *lists, None, 64, 64, head_dim**-0.5, True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block", [32, 64, 128])
+@pytest.mark.parametrize("isa", ISAS)
+def test_odd_lengths_are_exact(isa: str, block: int, dtype: torch.dtype) -> None:
+    for tokens in LENGTHS if isa != "scalar" else LENGTHS[:-2]:
+        g = torch.Generator().manual_seed(tokens)
+        geometry = Heads(rows=1, heads=1, image=tokens, text=0, head_dim=64, block=block)
+        q, k, v = packed_heads(g, dtype, geometry)
+        mode = torch.ones(1, 1, dtype=torch.uint8)
+        lists = random_lists(g, geometry, 0.5)
+        with forced(isa):
+            what = f"{isa} N {tokens}"
+            check_attention(what, (q, k, v, mode, *lists, None, block, block, 0.125, True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tokens", "head_dim"), [(4096, 64), (4224, 128), (4429, 64), (4608, 128)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_real_lengths_are_exact(tokens: int, head_dim: int, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(tokens)
+    geometry = Heads(rows=1, heads=1, image=tokens, text=0, head_dim=head_dim, block=128)
+    q, k, v = packed_heads(g, dtype, geometry)
+    lists = random_lists(g, geometry, 0.5)
+    for value in (0, 1):
+        mode = torch.full((1, 1), value, dtype=torch.uint8)
+        check_attention(
+            f"N {tokens}", (q, k, v, mode, *lists, None, 128, 128, head_dim**-0.5, True)
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [40, 64, 128])
+def test_the_isas_agree(head_dim: int, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(7)
+    geometry = Heads(rows=2, heads=2, image=300, text=33, head_dim=head_dim, block=64)
+    q, k, v = packed_heads(g, dtype, geometry)
+    mode = torch.tensor([[0, 1], [1, 1]], dtype=torch.uint8)
+    lists = random_lists(g, geometry, 0.5)
+    kv_len = torch.tensor([333, 201], dtype=torch.int32)
+    arguments = (q, k, v, mode, *lists, kv_len, 64, 64, head_dim**-0.5, True)
+    results = {}
+    for isa in ISAS:
+        with forced(isa):
+            results[isa] = ops.block_sparse_attention(*arguments, backend="native")
+    want, want_lse = results["scalar"]
+    for out, lse in results.values():
+        torch.testing.assert_close(out, want, rtol=0, atol=CLOSE[dtype])
+        torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_negative_scale_and_a_zero_scale_are_exact(isa: str, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(1, 2, 70, 64, generator=g).to(dtype) for _ in range(3))
+    mode = torch.zeros(1, 2, dtype=torch.uint8)
+    for scale in (-0.3, 0.0):
+        with forced(isa):
+            what = f"{isa} scale {scale}"
+            check_attention(what, (q, k, v, mode, None, None, None, None, 64, 64, scale, True))
+
+
+@pytest.mark.parametrize("stride", [-64, 66])
+@pytest.mark.parametrize("name", ["out", "q", "k", "v"])
+def test_strides_that_no_kernel_may_see_are_refused(name: str, stride: int) -> None:
+    """PyTorch has no negative strides; the compiled module refuses them by itself."""
+    q = torch.zeros(1, 1, 64, 64)
+    mode = torch.zeros(1, 1, dtype=torch.uint8)
+    strides = dict.fromkeys(("out", "q", "k", "v"), (4096, 4096, 64))
+    strides[name] = (4096, 4096, stride)
+    sizes = (1, 1, 64, 64, 64)
+    with pytest.raises(
+        ValueError, match=rf"{name} must have strides .* not negative, got {stride}"
+    ):
+        native._cpu.block_sparse_attention(
+            q.data_ptr(), 0, q.data_ptr(), q.data_ptr(), q.data_ptr(), mode.data_ptr(), 0, 0, 0, 0,
+            *strides.values(), (0, 0, 0), (0, 0), sizes, 64, 64, 0, 1.0, False, 0, 1,
+        )  # fmt: skip
