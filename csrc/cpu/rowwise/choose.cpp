@@ -39,7 +39,7 @@ const RowKernels& row_kernels() {
 
 bool should_stream(const void* out, int64_t out_bytes, int64_t step) {
   static const int64_t cache = cache_bytes();
-  return out_bytes > cache && reinterpret_cast<uintptr_t>(out) % 64 == 0 && step % 64 == 0;
+  return out_bytes > cache / 2 && reinterpret_cast<uintptr_t>(out) % 64 == 0 && step % 64 == 0;
 }
 
 }  // namespace rapid3rt

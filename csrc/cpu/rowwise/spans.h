@@ -12,6 +12,14 @@
 
 #include "rowwise/kernels.h"
 
+// Bodies of loops are called at several places, for whole vectors and for the end of a row: without
+// this the compiler makes functions of them and loses the constant.
+#if defined(__GNUC__)
+#define R3_INLINE __attribute__((always_inline))
+#else
+#define R3_INLINE
+#endif
+
 namespace rapid3rt {
 namespace {
 
@@ -47,12 +55,12 @@ inline void store_tail(T* out, typename V::Vec x, int64_t n) {
 }
 
 template <class V, class T>
-inline typename V::Vec load(const T* x, int64_t n) {
+R3_INLINE inline typename V::Vec load(const T* x, int64_t n) {
   return n == kLanes ? V::load(x) : load_tail<V>(x, n);
 }
 
 template <class V, class T>
-inline void store(T* out, typename V::Vec x, int64_t n, bool stream) {
+R3_INLINE inline void store(T* out, typename V::Vec x, int64_t n, bool stream) {
   if (n < kLanes) {
     store_tail<V>(out, x, n);
   } else if (stream) {
@@ -64,7 +72,7 @@ inline void store(T* out, typename V::Vec x, int64_t n, bool stream) {
 
 // Calls body(j, n) for elements j to j + n of a row: n is kLanes but at its end.
 template <class Body>
-inline void for_lanes(int64_t width, Body body) {
+R3_INLINE inline void for_lanes(int64_t width, Body body) {
   int64_t j = 0;
   for (; j + kLanes <= width; j += kLanes) body(j, kLanes);
   if (j < width) body(j, width - j);
@@ -72,7 +80,7 @@ inline void for_lanes(int64_t width, Body body) {
 
 // Sum of term(j, n) over a row; lanes from n on must be 0. Four sums, so that additions overlap.
 template <class V, class Term>
-inline float sum_lanes(int64_t width, Term term) {
+R3_INLINE inline float sum_lanes(int64_t width, Term term) {
   typename V::Vec sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
   int64_t j = 0;
   for (; j + 4 * kLanes <= width; j += 4 * kLanes) {
@@ -84,7 +92,7 @@ inline float sum_lanes(int64_t width, Term term) {
 }
 
 template <class V, class T>
-inline typename V::Vec looked_up(const LookupPiece& p, int64_t at, int64_t n) {
+R3_INLINE inline typename V::Vec looked_up(const LookupPiece& p, int64_t at, int64_t n) {
   typename V::Vec x = load<V>(static_cast<const T*>(p.embedded) + at, n);
   for (int64_t i = 0; i < p.num_terms; ++i) {
     const typename V::Vec term = load<V>(static_cast<const T*>(p.terms[i]) + at, n);
@@ -93,24 +101,29 @@ inline typename V::Vec looked_up(const LookupPiece& p, int64_t at, int64_t n) {
   return x;
 }
 
-// x: [width] in scratch, zeros up to a multiple of kLanes.
-template <class V, class T>
-inline void modulate(const float* x, int64_t width, const Modulation& m, T* out, bool stream) {
-  using Vec = typename V::Vec;
-  const float count = static_cast<float>(width);
-  const auto value = [&](int64_t j, int64_t) { return V::load(x + j); };
-  const Vec mean = V::set1(m.rms ? 0.0f : sum_lanes<V>(width, value) / count);
-  const float squares = sum_lanes<V>(width, [&](int64_t j, int64_t n) {
-    const Vec centred = V::keep(V::sub(V::load(x + j), mean), n);
+// Sum of (x - mean)^2 over a row in scratch.
+template <class V>
+inline float squares(const float* x, int64_t width, typename V::Vec mean) {
+  return sum_lanes<V>(width, [&](int64_t j, int64_t n) R3_INLINE {
+    const typename V::Vec centred = V::keep(V::sub(V::load(x + j), mean), n);
     return V::mul(centred, centred);
   });
-  const Vec inverse = V::set1(V::inverse_sqrt(squares / count + m.eps));
+}
+
+// x: a row in scratch, total: its sum.
+template <class V, class T>
+inline void modulate(const float* x, float total, int64_t width, const Modulation& m, T* out,
+                     bool stream) {
+  using Vec = typename V::Vec;
+  const float count = static_cast<float>(width);
+  const Vec mean = V::set1(m.rms ? 0.0f : total / count);
+  const Vec inverse = V::set1(V::inverse_sqrt(squares<V>(x, width, mean) / count + m.eps));
   const Vec one = V::set1(1.0f);
   const auto* const scale = static_cast<const T*>(m.scale);
   const auto* const shift = static_cast<const T*>(m.shift);
   const auto* const weight = static_cast<const T*>(m.weight);
   const auto* const bias = static_cast<const T*>(m.bias);
-  for_lanes(width, [&](int64_t j, int64_t n) {
+  for_lanes(width, [&](int64_t j, int64_t n) R3_INLINE {
     Vec y = V::mul(V::sub(V::load(x + j), mean), inverse);
     if (weight != nullptr) y = V::mul(y, load<V>(weight + j, n));
     if (bias != nullptr) y = V::add(y, load<V>(bias + j, n));
@@ -125,15 +138,17 @@ void lookup(const LookupPiece& p) {
     using T = decltype(type);
     T* const out = static_cast<T*>(p.out);
     if (p.modulation == nullptr) {
-      for_lanes(p.count, [&](int64_t j, int64_t n) {
+      for_lanes(p.count, [&](int64_t j, int64_t n) R3_INLINE {
         store<V>(out + j, looked_up<V, T>(p, j, n), n, p.stream);
       });
     } else {
       for (int64_t first = 0; first < p.count; first += p.width) {
-        for_lanes(p.width, [&](int64_t j, int64_t n) {
-          V::store(p.scratch + j, looked_up<V, T>(p, first + j, n));
+        const float total = sum_lanes<V>(p.width, [&](int64_t j, int64_t n) R3_INLINE {
+          const typename V::Vec x = looked_up<V, T>(p, first + j, n);
+          V::store(p.scratch + j, x);
+          return x;
         });
-        modulate<V>(p.scratch, p.width, *p.modulation, out + first, p.stream);
+        modulate<V>(p.scratch, total, p.width, *p.modulation, out + first, p.stream);
       }
     }
   });
@@ -149,7 +164,7 @@ void gate(const GatePiece& p) {
       const T* const residual = static_cast<const T*>(p.residual) + token * p.width;
       const T* const y = static_cast<const T*>(p.y) + token * p.width;
       T* const out = static_cast<T*>(p.out) + token * p.width;
-      for_lanes(p.width, [&](int64_t j, int64_t n) {
+      for_lanes(p.width, [&](int64_t j, int64_t n) R3_INLINE {
         const auto gated = V::mul(load<V>(gate + j, n), load<V>(y + j, n));
         store<V>(out + j, V::add(load<V>(residual + j, n), gated), n, p.stream);
       });
@@ -158,51 +173,54 @@ void gate(const GatePiece& p) {
   if (p.stream) V::fence();
 }
 
+// Keeps r in all orders of an entry; `moved` and `held` receive r - old r and old r.
+template <class V, class T>
+R3_INLINE inline void keep_orders(const StorePiece& p, int64_t j, int64_t n, typename V::Vec r,
+                                  typename V::Vec& moved, typename V::Vec& held) {
+  using Vec = typename V::Vec;
+  T* const entries = static_cast<T*>(p.entries) + j;
+  const Vec gap = V::set1(p.gap);
+  held = load<V>(entries, n);
+  moved = V::sub(r, held);
+  store<V>(entries, r, n, false);
+  Vec value = V::div(moved, gap);  // of the order in hand
+  for (int64_t order = 1; order < p.num_orders; ++order) {
+    T* const entry = entries + order * p.order_stride;
+    const Vec change = V::sub(value, load<V>(entry, n));
+    store<V>(entry, value, n, false);
+    value = V::div(change, gap);
+  }
+}
+
 template <class V>
 TokenStats store_token(const StorePiece& p) {
   using Vec = typename V::Vec;
-  TokenStats stats{};
-  with_element(p.dtype, [&](auto type) {
+  return with_element(p.dtype, [&](auto type) {
     using T = decltype(type);
     const T* const out = static_cast<const T*>(p.out);
     const T* const embedded = static_cast<const T*>(p.embedded);
     T* const entries = static_cast<T*>(p.entries);
-    const Vec gap = V::set1(p.gap);
     Vec change = V::zero(), old_size = V::zero();
-    for_lanes(p.width, [&](int64_t j, int64_t n) {
+    const float total = sum_lanes<V>(p.width, [&](int64_t j, int64_t n) R3_INLINE {
       const Vec r = V::sub(load<V>(out + j, n), load<V>(embedded + j, n));
       V::store(p.scratch + j, r);
       if (p.gap == 0.0f) {
         for (int64_t order = 0; order < p.num_orders; ++order) {
           store<V>(entries + order * p.order_stride + j, order == 0 ? r : V::zero(), n, p.stream);
         }
-        return;
+      } else {
+        Vec moved, held;
+        keep_orders<V, T>(p, j, n, r, moved, held);
+        change = V::add(change, V::abs(moved));
+        old_size = V::add(old_size, V::abs(held));
       }
-      Vec value = r;  // of the order in hand
-      for (int64_t order = 0; order < p.num_orders; ++order) {
-        T* const entry = entries + order * p.order_stride + j;
-        const Vec held = load<V>(entry, n);
-        const Vec moved = V::sub(value, held);
-        if (order == 0) {
-          change = V::add(change, V::abs(moved));
-          old_size = V::add(old_size, V::abs(held));
-        }
-        store<V>(entry, value, n, false);
-        value = V::div(moved, gap);
-      }
+      return r;
     });
-    stats.change = V::sum(change);
-    stats.old_size = V::sum(old_size);
+    if (p.stream) V::fence();
+    const float mean = total / static_cast<float>(p.width);
+    const float spread = squares<V>(p.scratch, p.width, V::set1(mean));
+    return TokenStats{mean, spread, V::sum(change), V::sum(old_size)};
   });
-  const auto value = [&](int64_t j, int64_t) { return V::load(p.scratch + j); };
-  stats.mean = sum_lanes<V>(p.width, value) / static_cast<float>(p.width);
-  const Vec mean = V::set1(stats.mean);
-  stats.spread = sum_lanes<V>(p.width, [&](int64_t j, int64_t n) {
-    const Vec centred = V::keep(V::sub(V::load(p.scratch + j), mean), n);
-    return V::mul(centred, centred);
-  });
-  if (p.stream) V::fence();
-  return stats;
 }
 
 // Each column is summed token after token.
@@ -224,7 +242,7 @@ void block_mean(const BlockMean& p) {
       }
       for (int i = 0; i < V::kSums; ++i) V::store(p.mean + d + i * kLanes, V::div(sums[i], count));
     }
-    for_lanes(p.head_dim - d, [&](int64_t j, int64_t n) {
+    for_lanes(p.head_dim - d, [&](int64_t j, int64_t n) R3_INLINE {
       Vec sum = V::zero();
       for (int64_t token = 0; token < p.tokens; ++token) {
         sum = V::add(sum, load<V>(x + token * p.stride + d + j, n));
