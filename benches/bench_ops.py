@@ -7,10 +7,11 @@
 Cases are those of `rapid3rt.testing.cases`: the small ones that tests check, and ones of the size of FLUX and SD3.
 `--op`, `--case` (a part of the name, such as flux, sd3, short), `--dtype` and `--isa` may be given several times.
 Rivals: `copy`, a tensor of half the call's bytes into another one; `eager`, the formula in PyTorch's ops, rounded
-after each; `compile`, the same through torch.compile; for attention `sdpa` without lists, `sdpa mask`, `flex` (FlexAttention
-compiled, with the same lists); for lists `dense attention` of the same call, ours. An instruction set runs in a
-process of its own with RAPID3RT_CPU_ISA; there half precision meets `sdpa fp32` besides. One that this machine or
-build lacks is not measured. malloc is told to keep its pages: fresh ones from the kernel would cost more than the op.
+after each; `compile`, the same through torch.compile; for attention `sdpa` without lists, `sdpa mask`, and `flex`,
+FlexAttention compiled, with the same lists; for lists `dense attention` of the same call, ours. `0.50x` beside a
+rival: it takes half as long as we do. An instruction set runs in a process of its own with RAPID3RT_CPU_ISA; there
+half precision meets `sdpa fp32` besides. One that this machine or build lacks is not measured. malloc is told to
+keep its pages: fresh ones from the kernel would cost more than the op.
 """
 
 from __future__ import annotations
@@ -22,17 +23,14 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from record import machine
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from rivals import Arguments, Call, make_rivals
 
 from rapid3rt import ops
-from rapid3rt.ops import reference
 from rapid3rt.testing.cases import (
     CASES,
     DTYPES,
@@ -44,9 +42,6 @@ from rapid3rt.testing.cases import (
 )
 from rapid3rt.testing.timing import time_rivals
 
-Call = Callable[[], object]
-Arguments = tuple[Any, ...]
-
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 FORMULAS = {
     "gather_rows": "bytes = 2 R size of a row",
@@ -57,7 +52,7 @@ FORMULAS = {
     "norm_modulate": "bytes = 2 R I D size",
     "gate_residual": "bytes = 3 R I D size",
     "build_block_lists": "bytes = 2 R H N K size: q and k read",
-    "block_sparse_attention": "FLOP = 4 K for each pair of a query and a listed key; sdpa: the same FLOP, its time",
+    "block_sparse_attention": "FLOP = 4 K for each pair of a query and a listed key",
 }
 
 
@@ -67,152 +62,6 @@ def keep_pages() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing by mmap, which is unmapped when freed
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def eager(case: Case, arguments: Arguments) -> Call:
-    """What a user would write: plain PyTorch in the dtype of the tensors."""
-    if case.op == "gather_rows":
-        x, rows = arguments
-        return lambda: x.index_select(0, rows)
-    if case.op == "scatter_rows":
-        out, x, rows = arguments
-        wide = rows.long()
-        return lambda: out.index_copy_(0, wide, x)
-    if case.op in ("cache_lookup", "cache_lookup_norm"):
-        return eager_lookup(*arguments)
-    if case.op == "cache_store":
-        return eager_store(*arguments)
-    if case.op == "norm_modulate":
-        x, scale, shift, weight, bias, eps, _ = arguments
-        return lambda: (
-            F.layer_norm(x, x.shape[-1:], weight, bias, eps) * (1 + scale[:, None]) + shift[:, None]
-        )
-    if case.op == "gate_residual":
-        residual, gate, y = arguments
-        return lambda: residual + gate[:, None] * y
-    return lambda: getattr(reference, case.op)(*arguments)
-
-
-def eager_lookup(
-    embedded: torch.Tensor,
-    slots: torch.Tensor,
-    slot: torch.Tensor,
-    coef: torch.Tensor,
-    *norm: Any,
-) -> Call:
-    """Lookup, with scale, shift and eps also norm and modulation."""
-    weight = coef[:, :, None, None].to(embedded.dtype)
-
-    def lookup() -> torch.Tensor:
-        x = embedded
-        for order in range(slots.shape[1]):
-            x = x + weight[:, order] * slots[:, order].index_select(0, slot)
-        if not norm:
-            return x
-        scale, shift, eps = norm
-        return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale[:, None]) + shift[:, None]
-
-    return lookup
-
-
-def eager_store(
-    slots: torch.Tensor,
-    out: torch.Tensor,
-    embedded: torch.Tensor,
-    slot: torch.Tensor,
-    gap: torch.Tensor,
-) -> Call:
-    """Store of rows that all have a history."""
-    wide, width = slot.long(), gap[:, None, None].to(out.dtype)
-
-    def store() -> torch.Tensor:
-        r = out - embedded
-        old = slots.index_select(0, slot)
-        entries = [r]
-        for order in range(1, slots.shape[1]):
-            entries.append((entries[-1] - old[:, order - 1]) / width)
-        slots[wide] = torch.stack(entries, 1)
-        drift = (r - old[:, 0]).abs().mean((1, 2)) / old[:, 0].abs().mean((1, 2))
-        return torch.stack((drift, r.mean((1, 2)), r.std((1, 2), correction=0)), 1)
-
-    return store
-
-
-def copy_of(num_bytes: int, device: str) -> Call:
-    """Move as many bytes as a call does, reading half and writing half."""
-    source = torch.randn(num_bytes // 8, device=device)
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
-
-
-def listed_mask(arguments: Arguments) -> torch.Tensor:
-    """Which key blocks each query block sees: bool `[R, H, Mq, Mk]`."""
-    _, k, _, mode, count, index, *_, block_kv, _, _ = arguments
-    blocks = -(-k.shape[2] // block_kv)
-    seen = torch.zeros(*count.shape, blocks + 1, dtype=torch.bool, device=k.device)
-    in_list = torch.arange(index.shape[-1], device=k.device) < count[..., None]
-    seen.scatter_(-1, torch.where(in_list, index, blocks).long(), True)
-    return seen[..., :blocks] | (mode != 1)[..., None, None]
-
-
-def masked_sdpa(arguments: Arguments) -> Call:
-    """SDPA with the lists as a mask."""
-    q, k, v = arguments[:3]
-    block_q, block_kv, scale = arguments[8:11]
-    mask = listed_mask(arguments).repeat_interleave(block_q, 2).repeat_interleave(block_kv, 3)
-    mask = mask[:, :, : q.shape[2], : k.shape[2]].contiguous()
-    return lambda: F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
-
-
-def always(b: Any, h: Any, q: Any, k: Any) -> Any:
-    """A mask that hides nothing: FlexAttention's code for the CPU does not compile without one."""
-    return q >= 0
-
-
-def flex(arguments: Arguments) -> Call:
-    """FlexAttention compiled, over the same lists."""
-    q, k, v = arguments[:3]
-    block_q, block_kv, scale = arguments[8:11]
-    seen = listed_mask(arguments)
-    count = seen.sum(-1, dtype=torch.int32)
-    index = torch.argsort((~seen).to(torch.uint8), dim=-1, stable=True).to(torch.int32)
-    mask = BlockMask.from_kv_blocks(
-        count, index, None, None, (block_q, block_kv), always, (q.shape[2], k.shape[2])
-    )
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(q, k, v, block_mask=mask, scale=scale)
-
-
-def rivals(case: Case, arguments: Arguments, device: str, options: Any) -> dict[str, Call]:
-    """Name to call."""
-    if case.op == "block_sparse_attention":
-        q, k, v = arguments[:3]
-        scale = arguments[10]
-        found: dict[str, Call] = {
-            "sdpa": lambda: F.scaled_dot_product_attention(q, k, v, scale=scale)
-        }
-        if options.is_forced:
-            a, b, c = q.float(), k.float(), v.float()
-            found["sdpa fp32"] = lambda: F.scaled_dot_product_attention(a, b, c, scale=scale)
-        if not options.is_forced and arguments[3].any():
-            found["sdpa mask"] = masked_sdpa(arguments)
-        if options.compiles:
-            found["flex"] = flex(arguments)
-        return found
-    if case.op == "build_block_lists":
-        q, k = arguments[:2]
-        block_q, block_kv, scale = arguments[5:]
-        mode = torch.zeros(q.shape[:2], dtype=torch.uint8, device=device)
-        dense = (q, k, k, mode, None, None, None, None, block_q, block_kv, scale)
-        return {
-            "dense attention": lambda: ops.block_sparse_attention(*dense),
-            "eager": eager(case, arguments),
-        }
-    call = eager(case, arguments)
-    found = {"copy": copy_of(case.num_bytes(arguments[0].dtype), device), "eager": call}
-    if options.compiles and case.op not in ("gather_rows", "scatter_rows"):
-        found["compile"] = torch.compile(call, dynamic=False)
-    return found
 
 
 def check(case: Case, arguments: Arguments) -> None:
@@ -226,13 +75,13 @@ def check(case: Case, arguments: Arguments) -> None:
 
 def measure(case: Case, dtype: torch.dtype, options: Any) -> dict[str, Any]:
     """One line of the table."""
-    device = options.device
     arguments = tuple(
-        a.to(device) if isinstance(a, torch.Tensor) else a for a in case.arguments(dtype)
+        a.to(options.device) if isinstance(a, torch.Tensor) else a for a in case.arguments(dtype)
     )
     check(case, arguments)
     op = getattr(ops, case.op)
-    calls = {"ours": lambda: op(*arguments), **rivals(case, arguments, device, options)}
+    rivals = make_rivals(case, arguments, options.forced, options.compiles)
+    calls: dict[str, Call] = {"ours": lambda: op(*arguments), **rivals}
     times = time_rivals(calls, rounds=options.rounds, round_ms=options.round_ms)
     ours = times.pop("ours")
     result: dict[str, Any] = {
@@ -306,7 +155,7 @@ def run(options: Any) -> list[dict[str, Any]]:
     results: list[dict[str, Any]] = []
     names = options.dtype or (["float32", "bfloat16"] if not options.quick else ["bfloat16"])
     dtypes = [d for d in DTYPES if str(d).removeprefix("torch.") in names]
-    if options.device == "cpu" and not (options.op or options.case or options.is_forced):
+    if options.device == "cpu" and not (options.op or options.case or options.forced):
         print("calls on tensors of no size: what a call costs besides its work")
         for result in measure_overhead(options.rounds):
             results.append(result)
@@ -377,7 +226,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of speed over density")
     parser.add_argument("--forced", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    options.is_forced = options.forced
     options.compiles = not (options.quick or options.no_compile or options.forced)
     options.rounds, options.round_ms = (3, 10.0) if options.quick else (7, 30.0)
     if options.device == "cpu":

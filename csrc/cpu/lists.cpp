@@ -72,8 +72,8 @@ class Chooser {
 
   void choose(int64_t item) {
     const int64_t row = item / p_.num_heads, head = item % p_.num_heads;
+    const bool dense = p_.keep[row] >= static_cast<int64_t>(image_keys_.size());
     const int64_t keep = std::max<int64_t>(p_.keep[row], 0);
-    const bool dense = keep >= static_cast<int64_t>(image_keys_.size());
     p_.mode[item] = dense ? 0 : 1;
     if (!dense) read_means(row, head);
     for (int64_t m = 0; m < num_q_; ++m) {

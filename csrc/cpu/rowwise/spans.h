@@ -12,8 +12,7 @@
 
 #include "rowwise/kernels.h"
 
-// Bodies of loops are called at several places, for whole vectors and for the end of a row: without
-// this the compiler makes functions of them and loses the constant.
+// Bodies of loops are called at several places; the compiler would make functions of them.
 #if defined(__GNUC__)
 #define R3_INLINE __attribute__((always_inline))
 #else
@@ -39,62 +38,91 @@ inline auto with_element(int dtype, Body body) {
   return body(Float16{});
 }
 
-// n < kLanes elements; nothing beyond them is touched.
+// How many elements a vector holds of a row: all kLanes, or at its end n of them, beyond which
+// nothing is read or written. Two types, so that whole vectors get code of their own.
+struct Whole {};
+
 template <class V, class T>
-inline typename V::Vec load_tail(const T* x, int64_t n) {
+R3_INLINE inline typename V::Vec load(const T* x, Whole) {
+  return V::load(x);
+}
+
+template <class V, class T>
+inline typename V::Vec load(const T* x, int64_t n) {
   alignas(64) T padded[kLanes] = {};
   for (int64_t i = 0; i < n; ++i) padded[i] = x[i];
   return V::load(padded);
 }
 
 template <class V, class T>
-inline void store_tail(T* out, typename V::Vec x, int64_t n) {
-  alignas(64) T padded[kLanes];
-  V::store(padded, x);
-  for (int64_t i = 0; i < n; ++i) out[i] = padded[i];
-}
-
-template <class V, class T>
-R3_INLINE inline typename V::Vec load(const T* x, int64_t n) {
-  return n == kLanes ? V::load(x) : load_tail<V>(x, n);
-}
-
-template <class V, class T>
-R3_INLINE inline void store(T* out, typename V::Vec x, int64_t n, bool stream) {
-  if (n < kLanes) {
-    store_tail<V>(out, x, n);
-  } else if (stream) {
+R3_INLINE inline void store(T* out, typename V::Vec x, Whole, bool stream) {
+  if (stream) {
     V::stream(out, x);
   } else {
     V::store(out, x);
   }
 }
 
-// Calls body(j, n) for elements j to j + n of a row: n is kLanes but at its end.
+template <class V, class T>
+inline void store(T* out, typename V::Vec x, int64_t n, bool) {
+  alignas(64) T padded[kLanes];
+  V::store(padded, x);
+  for (int64_t i = 0; i < n; ++i) out[i] = padded[i];
+}
+
+template <class V>
+R3_INLINE inline typename V::Vec keep(typename V::Vec x, Whole) {
+  return x;
+}
+
+template <class V>
+inline typename V::Vec keep(typename V::Vec x, int64_t n) {
+  return V::keep(x, n);
+}
+
+// Calls body(j, n) for the elements of a row from j on, n: Whole or how many.
 template <class Body>
 R3_INLINE inline void for_lanes(int64_t width, Body body) {
   int64_t j = 0;
-  for (; j + kLanes <= width; j += kLanes) body(j, kLanes);
+  for (; j + kLanes <= width; j += kLanes) body(j, Whole{});
   if (j < width) body(j, width - j);
 }
 
 // Sum of term(j, n) over a row; lanes from n on must be 0. Four sums, so that additions overlap.
 template <class V, class Term>
 R3_INLINE inline float sum_lanes(int64_t width, Term term) {
-  typename V::Vec sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+  typename V::Vec a = V::zero(), b = V::zero(), c = V::zero(), d = V::zero();
   int64_t j = 0;
   for (; j + 4 * kLanes <= width; j += 4 * kLanes) {
-    for (int i = 0; i < 4; ++i) sums[i] = V::add(sums[i], term(j + i * kLanes, kLanes));
+    a = V::add(a, term(j, Whole{}));
+    b = V::add(b, term(j + kLanes, Whole{}));
+    c = V::add(c, term(j + 2 * kLanes, Whole{}));
+    d = V::add(d, term(j + 3 * kLanes, Whole{}));
   }
-  for (; j + kLanes <= width; j += kLanes) sums[0] = V::add(sums[0], term(j, kLanes));
-  if (j < width) sums[0] = V::add(sums[0], term(j, width - j));
-  return V::sum(V::add(V::add(sums[0], sums[2]), V::add(sums[1], sums[3])));
+  for (; j + kLanes <= width; j += kLanes) a = V::add(a, term(j, Whole{}));
+  if (j < width) a = V::add(a, term(j, width - j));
+  return V::sum(V::add(V::add(a, c), V::add(b, d)));
 }
 
-template <class V, class T>
-R3_INLINE inline typename V::Vec looked_up(const LookupPiece& p, int64_t at, int64_t n) {
+// A number of terms that the compiler knows; an int64_t where it cannot.
+template <int64_t kCount>
+struct Count {
+  constexpr operator int64_t() const { return kCount; }
+};
+
+template <class Body>
+inline void with_count(int64_t count, Body body) {
+  if (count == 0) return body(Count<0>{});
+  if (count == 1) return body(Count<1>{});
+  if (count == 2) return body(Count<2>{});
+  if (count == 3) return body(Count<3>{});
+  body(count);
+}
+
+template <class V, class T, class C, class N>
+R3_INLINE inline typename V::Vec looked_up(const LookupPiece& p, C num_terms, int64_t at, N n) {
   typename V::Vec x = load<V>(static_cast<const T*>(p.embedded) + at, n);
-  for (int64_t i = 0; i < p.num_terms; ++i) {
+  for (int64_t i = 0; i < num_terms; ++i) {
     const typename V::Vec term = load<V>(static_cast<const T*>(p.terms[i]) + at, n);
     x = V::add(x, V::mul(V::set1(p.coef[i]), term));
   }
@@ -104,8 +132,8 @@ R3_INLINE inline typename V::Vec looked_up(const LookupPiece& p, int64_t at, int
 // Sum of (x - mean)^2 over a row in scratch.
 template <class V>
 inline float squares(const float* x, int64_t width, typename V::Vec mean) {
-  return sum_lanes<V>(width, [&](int64_t j, int64_t n) R3_INLINE {
-    const typename V::Vec centred = V::keep(V::sub(V::load(x + j), mean), n);
+  return sum_lanes<V>(width, [&](int64_t j, auto n) R3_INLINE {
+    const typename V::Vec centred = keep<V>(V::sub(V::load(x + j), mean), n);
     return V::mul(centred, centred);
   });
 }
@@ -123,7 +151,7 @@ inline void modulate(const float* x, float total, int64_t width, const Modulatio
   const auto* const shift = static_cast<const T*>(m.shift);
   const auto* const weight = static_cast<const T*>(m.weight);
   const auto* const bias = static_cast<const T*>(m.bias);
-  for_lanes(width, [&](int64_t j, int64_t n) R3_INLINE {
+  for_lanes(width, [&](int64_t j, auto n) R3_INLINE {
     Vec y = V::mul(V::sub(V::load(x + j), mean), inverse);
     if (weight != nullptr) y = V::mul(y, load<V>(weight + j, n));
     if (bias != nullptr) y = V::add(y, load<V>(bias + j, n));
@@ -132,25 +160,30 @@ inline void modulate(const float* x, float total, int64_t width, const Modulatio
   });
 }
 
+template <class V, class T, class C>
+inline void lookup_terms(const LookupPiece& p, C num_terms) {
+  T* const out = static_cast<T*>(p.out);
+  if (p.modulation == nullptr) {
+    for_lanes(p.count, [&](int64_t j, auto n) R3_INLINE {
+      store<V>(out + j, looked_up<V, T>(p, num_terms, j, n), n, p.stream);
+    });
+    return;
+  }
+  float* const row = p.scratch;
+  for (int64_t first = 0; first < p.count; first += p.width) {
+    const float total = sum_lanes<V>(p.width, [&](int64_t j, auto n) R3_INLINE {
+      const typename V::Vec x = looked_up<V, T>(p, num_terms, first + j, n);
+      V::store(row + j, x);
+      return x;
+    });
+    modulate<V>(row, total, p.width, *p.modulation, out + first, p.stream);
+  }
+}
+
 template <class V>
 void lookup(const LookupPiece& p) {
   with_element(p.dtype, [&](auto type) {
-    using T = decltype(type);
-    T* const out = static_cast<T*>(p.out);
-    if (p.modulation == nullptr) {
-      for_lanes(p.count, [&](int64_t j, int64_t n) R3_INLINE {
-        store<V>(out + j, looked_up<V, T>(p, j, n), n, p.stream);
-      });
-    } else {
-      for (int64_t first = 0; first < p.count; first += p.width) {
-        const float total = sum_lanes<V>(p.width, [&](int64_t j, int64_t n) R3_INLINE {
-          const typename V::Vec x = looked_up<V, T>(p, first + j, n);
-          V::store(p.scratch + j, x);
-          return x;
-        });
-        modulate<V>(p.scratch, total, p.width, *p.modulation, out + first, p.stream);
-      }
-    }
+    with_count(p.num_terms, [&](auto count) { lookup_terms<V, decltype(type)>(p, count); });
   });
   if (p.stream) V::fence();
 }
@@ -164,7 +197,7 @@ void gate(const GatePiece& p) {
       const T* const residual = static_cast<const T*>(p.residual) + token * p.width;
       const T* const y = static_cast<const T*>(p.y) + token * p.width;
       T* const out = static_cast<T*>(p.out) + token * p.width;
-      for_lanes(p.width, [&](int64_t j, int64_t n) R3_INLINE {
+      for_lanes(p.width, [&](int64_t j, auto n) R3_INLINE {
         const auto gated = V::mul(load<V>(gate + j, n), load<V>(y + j, n));
         store<V>(out + j, V::add(load<V>(residual + j, n), gated), n, p.stream);
       });
@@ -174,8 +207,8 @@ void gate(const GatePiece& p) {
 }
 
 // Keeps r in all orders of an entry; `moved` and `held` receive r - old r and old r.
-template <class V, class T>
-R3_INLINE inline void keep_orders(const StorePiece& p, int64_t j, int64_t n, typename V::Vec r,
+template <class V, class T, class N>
+R3_INLINE inline void keep_orders(const StorePiece& p, int64_t j, N n, typename V::Vec r,
                                   typename V::Vec& moved, typename V::Vec& held) {
   using Vec = typename V::Vec;
   T* const entries = static_cast<T*>(p.entries) + j;
@@ -201,7 +234,7 @@ TokenStats store_token(const StorePiece& p) {
     const T* const embedded = static_cast<const T*>(p.embedded);
     T* const entries = static_cast<T*>(p.entries);
     Vec change = V::zero(), old_size = V::zero();
-    const float total = sum_lanes<V>(p.width, [&](int64_t j, int64_t n) R3_INLINE {
+    const float total = sum_lanes<V>(p.width, [&](int64_t j, auto n) R3_INLINE {
       const Vec r = V::sub(load<V>(out + j, n), load<V>(embedded + j, n));
       V::store(p.scratch + j, r);
       if (p.gap == 0.0f) {
@@ -242,7 +275,7 @@ void block_mean(const BlockMean& p) {
       }
       for (int i = 0; i < V::kSums; ++i) V::store(p.mean + d + i * kLanes, V::div(sums[i], count));
     }
-    for_lanes(p.head_dim - d, [&](int64_t j, int64_t n) R3_INLINE {
+    for_lanes(p.head_dim - d, [&](int64_t j, auto n) R3_INLINE {
       Vec sum = V::zero();
       for (int64_t token = 0; token < p.tokens; ++token) {
         sum = V::add(sum, load<V>(x + token * p.stride + d + j, n));
