@@ -2,7 +2,7 @@
 """Time every op against named rivals, in interleaved rounds of one process, and check it before.
 
     python benches/bench_ops.py [--op NAME] [--case TEXT] [--dtype NAME] [--isa NAME] [--device cuda]
-                                [--quick] [--json FILE] [--plot FILE]
+                                [--quick] [--busy] [--json FILE] [--plot FILE]
 
 Cases are those of `rapid3rt.testing.cases`: the small ones that tests check, and ones of the size of FLUX and SD3.
 `--op`, `--case` (a part of the name, such as flux, sd3, short), `--dtype` and `--isa` may be given several times.
@@ -11,7 +11,8 @@ after each; `compile`, the same through torch.compile; for attention `sdpa` with
 FlexAttention compiled, with the same lists; for lists `dense attention` of the same call, ours. `0.50x` beside a
 rival: it takes half as long as we do. An instruction set runs in a process of its own with RAPID3RT_CPU_ISA; there
 half precision meets `sdpa fp32` besides. One that this machine or build lacks is not measured. malloc is told to
-keep its pages: fresh ones from the kernel would cost more than the op.
+keep its pages: fresh ones from the kernel would cost more than the op. On a machine that others use, `--busy`
+measures one thread by its own CPU time.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +84,9 @@ def measure(case: Case, dtype: torch.dtype, options: Any) -> dict[str, Any]:
     op = getattr(ops, case.op)
     rivals = make_rivals(case, arguments, options.forced, options.compiles)
     calls: dict[str, Call] = {"ours": lambda: op(*arguments), **rivals}
-    times = time_rivals(calls, rounds=options.rounds, round_ms=options.round_ms)
+    times = time_rivals(
+        calls, rounds=options.rounds, round_ms=options.round_ms, clock=options.clock
+    )
     ours = times.pop("ours")
     result: dict[str, Any] = {
         "op": case.op,
@@ -178,7 +182,7 @@ def run_forced(isa: str, options: Any) -> list[dict[str, Any]]:
     for name in ("op", "case", "dtype"):
         for value in getattr(options, name) or []:
             command += [f"--{name}", value]
-    command += ["--quick"] * options.quick
+    command += ["--quick"] * options.quick + ["--busy"] * options.busy
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "results.json"
         environment = {**os.environ, "RAPID3RT_CPU_ISA": isa}
@@ -221,6 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--isa", action="append", choices=ISAS, help="also force this one")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="small cases, few rounds")
+    parser.add_argument("--busy", action="store_true", help="one thread, by its CPU time")
     parser.add_argument("--no-compile", action="store_true", help="without flex and compile")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of speed over density")
@@ -228,6 +233,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     options.compiles = not (options.quick or options.no_compile or options.forced)
     options.rounds, options.round_ms = (3, 10.0) if options.quick else (7, 30.0)
+    options.clock = time.thread_time if options.busy else time.perf_counter
+    if options.busy:
+        torch.set_num_threads(1)
     if options.device == "cpu":
         keep_pages()
     with torch.no_grad():
@@ -239,7 +247,8 @@ def main(arguments: list[str] | None = None) -> int:
     for isa in missing:
         print(f"{isa}: NOT MEASURED, this machine or build lacks it")
     if options.json:
-        record = {"machine": machine(), "not_measured": missing, "results": results}
+        clock = "CPU time of one thread" if options.busy else "wall clock"
+        record = {"machine": machine(), "clock": clock, "not_measured": missing, "results": results}
         options.json.write_text(json.dumps(record, indent=1) + "\n")
     if options.plot:
         plot(results, options.plot)
