@@ -218,7 +218,7 @@ def test_lookups_and_stores_of_random_shapes(
                 torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"])
 def test_row_units_share_nothing_with_the_base_build(isa: str, tmp_path: Path) -> None:
     unit = units.ROOT / "csrc" / "cpu" / "rowwise" / f"{isa}.cpp"
     system = {name for name in units.includes(unit) if name.startswith("<")}

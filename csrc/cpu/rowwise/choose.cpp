@@ -28,6 +28,9 @@ int64_t cache_bytes() {
 
 const RowKernels& row_kernels() {
   [[maybe_unused]] const Isa isa = current_isa();
+#ifdef RAPID3RT_AVX512_BF16
+  if (isa >= Isa::kAvx512Bf16) return kAvx512Bf16Rows;
+#endif
 #ifdef RAPID3RT_AVX512
   if (isa >= Isa::kAvx512) return kAvx512Rows;
 #endif

@@ -86,5 +86,6 @@ struct RowKernels {
 extern const RowKernels kScalarRows;
 extern const RowKernels kAvx2Rows;
 extern const RowKernels kAvx512Rows;
+extern const RowKernels kAvx512Bf16Rows;
 
 }  // namespace rapid3rt
