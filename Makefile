@@ -53,10 +53,11 @@ sanitize: $(VENV)/.tools ## C++ tests under AddressSanitizer, UndefinedBehaviorS
 	pybind11_DIR=$$(python -m pybind11 --cmakedir); export pybind11_DIR; \
 	$(SANITIZE) -B build/asan -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all"; \
 	$(SANITIZE) -B build/tsan -DCMAKE_CXX_FLAGS="-fsanitize=thread"; \
-	cmake --build build/asan --target attention_test queue_test; \
+	cmake --build build/asan --target attention_test queue_test rows_test; \
 	cmake --build build/tsan --target queue_test; \
 	ASAN_OPTIONS=malloc_fill_byte=255:max_malloc_fill_size=1073741824 build/asan/csrc/tests/attention_test; \
 	build/asan/csrc/tests/queue_test; \
+	build/asan/csrc/tests/rows_test; \
 	build/tsan/csrc/tests/queue_test
 
 gpu-check: $(VENV)/.built ## On a machine with a CUDA GPU: the GPU tests

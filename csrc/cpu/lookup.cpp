@@ -6,51 +6,12 @@
 #include <cmath>
 #include <vector>
 
-#include "numeric.h"
 #include "ops.h"
+#include "rowwise/choose.h"
 #include "work_queue.h"
 
 namespace rapid3rt {
 namespace {
-
-template <class T>
-void lookup(const LookupParams& p) {
-  const auto* embedded = static_cast<const T*>(p.embedded);
-  const auto* slots = static_cast<const T*>(p.slots);
-  const auto* scale = static_cast<const T*>(p.scale);
-  const auto* shift = static_cast<const T*>(p.shift);
-  auto* out = static_cast<T*>(p.out);
-  const int64_t width = p.width, tokens = tokens_per_item(width);
-  const int64_t chunks = (p.num_tokens + tokens - 1) / tokens;
-  const int64_t row_size = p.num_tokens * width;
-  const int64_t bytes =
-      p.num_rows * row_size * (2 + p.num_orders) * static_cast<int64_t>(sizeof(T));
-  run_queue(p.num_rows * chunks, threads_for_bytes(bytes, p.num_threads), [&] {
-    return [&, sum = std::vector<float>(width)](int64_t item) mutable {
-      const int64_t row = item / chunks, first = item % chunks * tokens;
-      const T* slot = slots + p.slot[row] * p.num_orders * row_size;
-      const float* coef = p.coef + row * p.num_orders;
-      for (int64_t token = first; token < std::min(first + tokens, p.num_tokens); ++token) {
-        const int64_t at = token * width;
-        float* const x = sum.data();
-        load_row(embedded + row * row_size + at, width, x);
-        for (int64_t order = 0; order < p.num_orders; ++order) {
-          const float c = coef[order];
-          if (c == 0.0f) continue;  // such an order is not read: it may never have been written
-          const T* term = slot + order * row_size + at;
-          for (int64_t j = 0; j < width; ++j) x[j] += c * to_float(term[j]);
-        }
-        T* const to = out + row * row_size + at;
-        if (scale != nullptr) {
-          normalize_row(x, width, p.eps, false);
-          modulate_row(x, scale + row * width, shift + row * width, width, to);
-        } else {
-          for (int64_t j = 0; j < width; ++j) from_float(x[j], to[j]);
-        }
-      }
-    };
-  });
-}
 
 // Statistics over some tokens of one row. Spread about the mean is merged, never taken from a
 // difference of squares.
@@ -68,60 +29,7 @@ struct Partial {
   }
 };
 
-template <class T>
-void store(const StoreParams& p) {
-  const auto* out = static_cast<const T*>(p.out);
-  const auto* embedded = static_cast<const T*>(p.embedded);
-  auto* slots = static_cast<T*>(p.slots);
-  const int64_t width = p.width, tokens = tokens_per_item(width);
-  const int64_t chunks = (p.num_tokens + tokens - 1) / tokens;
-  const int64_t row_size = p.num_tokens * width;
-  const int64_t bytes =
-      p.num_rows * row_size * (2 + 2 * p.num_orders) * static_cast<int64_t>(sizeof(T));
-  std::vector<Partial> partials(p.num_rows * chunks);
-  run_queue(p.num_rows * chunks, threads_for_bytes(bytes, p.num_threads), [&] {
-    return [&, residual = std::vector<float>(width), old = std::vector<float>(width),
-            next = std::vector<float>(width)](int64_t item) mutable {
-      const int64_t row = item / chunks, first = item % chunks * tokens;
-      const float gap = p.gap[row];
-      float *const r = residual.data(), *const before = old.data(), *const value = next.data();
-      Partial total{};
-      for (int64_t token = first; token < std::min(first + tokens, p.num_tokens); ++token) {
-        const int64_t at = row * row_size + token * width;
-        for (int64_t j = 0; j < width; ++j)
-          r[j] = to_float(out[at + j]) - to_float(embedded[at + j]);
-        Partial part{};
-        const float mean =
-            sum_lanes(width, [&](int64_t j) { return r[j]; }) / static_cast<float>(width);
-        part.count = static_cast<double>(width);
-        part.mean = mean;
-        part.spread = sum_lanes(width, [&](int64_t j) { return (r[j] - mean) * (r[j] - mean); });
-        total.merge(part);
-        T* slot = slots + p.slot[row] * p.num_orders * row_size + token * width;
-        if (gap == 0.0f) {  // the first compute of this row: what the slot held is not read
-          for (int64_t j = 0; j < width; ++j) from_float(r[j], slot[j]);
-          for (int64_t order = 1; order < p.num_orders; ++order) {
-            std::fill_n(slot + order * row_size, width, T{});
-          }
-          continue;
-        }
-        load_row(slot, width, before);
-        total.change += sum_lanes(width, [&](int64_t j) { return std::fabs(r[j] - before[j]); });
-        total.old_size += sum_lanes(width, [&](int64_t j) { return std::fabs(before[j]); });
-        // value: the new entry of the order in hand; before: its old entry.
-        std::copy_n(r, width, value);
-        for (int64_t order = 0; order < p.num_orders; ++order) {
-          T* const entry = slot + order * row_size;
-          for (int64_t j = 0; j < width; ++j) {
-            const float held = to_float(entry[j]);
-            from_float(value[j], entry[j]);
-            value[j] = (value[j] - held) / gap;
-          }
-        }
-      }
-      partials[item] = total;
-    };
-  });
+void write_stats(const StoreParams& p, const std::vector<Partial>& partials, int64_t chunks) {
   for (int64_t row = 0; row < p.num_rows; ++row) {
     Partial total{};
     for (int64_t chunk = 0; chunk < chunks; ++chunk) total.merge(partials[row * chunks + chunk]);
@@ -135,14 +43,90 @@ void store(const StoreParams& p) {
 
 }  // namespace
 
-void cache_lookup(const LookupParams& params) {
-  check_ids("slot", params.slot, params.num_rows, params.num_slots, false);
-  with_type(params.dtype, [&](auto type) { lookup<decltype(type)>(params); });
+void cache_lookup(const LookupParams& p) {
+  check_ids("slot", p.slot, p.num_rows, p.num_slots, false);
+  const RowKernels& kernels = row_kernels();
+  const bool has_norm = p.scale != nullptr;
+  const int64_t row_size = p.num_tokens * p.width, size = element_bytes(p.dtype);
+  // Without a norm tokens do not matter: a row is cut anywhere.
+  const int64_t step = has_norm ? tokens_per_item(p.width) * p.width : kItemElements;
+  const int64_t chunks = (row_size + step - 1) / step;
+  const int64_t out_bytes = p.num_rows * row_size * size;
+  const bool stream = should_stream(p.out, out_bytes, (has_norm ? p.width : row_size) * size);
+  const int num_threads = threads_for_bytes(out_bytes * (2 + p.num_orders), p.num_threads);
+  run_queue(p.num_rows * chunks, num_threads, [&] {
+    return [&, scratch = Scratch(has_norm ? p.width : 0),
+            terms = std::vector<const void*>(p.num_orders),
+            coef = std::vector<float>(p.num_orders)](int64_t item) mutable {
+      const int64_t row = item / chunks, first = item % chunks * step, at = row * row_size + first;
+      int64_t num_terms = 0;
+      for (int64_t order = 0; order < p.num_orders; ++order) {
+        const float c = p.coef[row * p.num_orders + order];
+        if (c == 0.0f) continue;  // such an order is not read: it may never have been written
+        const int64_t entry = (p.slot[row] * p.num_orders + order) * row_size + first;
+        terms[num_terms] = element(p.slots, entry, p.dtype);
+        coef[num_terms++] = c;
+      }
+      Modulation modulation{};
+      if (has_norm) {
+        modulation.scale = element(p.scale, row * p.width, p.dtype);
+        modulation.shift = element(p.shift, row * p.width, p.dtype);
+        modulation.eps = p.eps;
+      }
+      LookupPiece piece{};
+      piece.out = element(p.out, at, p.dtype);
+      piece.embedded = element(p.embedded, at, p.dtype);
+      piece.terms = terms.data();
+      piece.coef = coef.data();
+      piece.num_terms = num_terms;
+      piece.count = std::min(step, row_size - first);
+      piece.width = p.width;
+      piece.modulation = has_norm ? &modulation : nullptr;
+      piece.scratch = scratch.data();
+      piece.stream = stream;
+      piece.dtype = static_cast<int>(p.dtype);
+      kernels.lookup(piece);
+    };
+  });
 }
 
-void cache_store(const StoreParams& params) {
-  check_ids("slot", params.slot, params.num_rows, params.num_slots, true);
-  with_type(params.dtype, [&](auto type) { store<decltype(type)>(params); });
+void cache_store(const StoreParams& p) {
+  check_ids("slot", p.slot, p.num_rows, p.num_slots, true);
+  const RowKernels& kernels = row_kernels();
+  const int64_t tokens = tokens_per_item(p.width);
+  const int64_t chunks = (p.num_tokens + tokens - 1) / tokens;
+  const int64_t row_size = p.num_tokens * p.width, size = element_bytes(p.dtype);
+  const int64_t slot_bytes = p.num_rows * p.num_orders * row_size * size;
+  const bool can_stream = should_stream(p.slots, slot_bytes, p.width * size);
+  const int64_t bytes = 2 * p.num_rows * row_size * size + 2 * slot_bytes;
+  std::vector<Partial> partials(p.num_rows * chunks);
+  run_queue(p.num_rows * chunks, threads_for_bytes(bytes, p.num_threads), [&] {
+    return [&, scratch = Scratch(p.width)](int64_t item) mutable {
+      const int64_t row = item / chunks, first = item % chunks * tokens;
+      Partial total{};
+      for (int64_t token = first; token < std::min(first + tokens, p.num_tokens); ++token) {
+        const int64_t at = row * row_size + token * p.width;
+        const int64_t entry = p.slot[row] * p.num_orders * row_size + token * p.width;
+        StorePiece piece{};
+        piece.out = element(p.out, at, p.dtype);
+        piece.embedded = element(p.embedded, at, p.dtype);
+        piece.entries = element(p.slots, entry, p.dtype);
+        piece.num_orders = p.num_orders;
+        piece.order_stride = row_size;
+        piece.width = p.width;
+        piece.gap = p.gap[row];
+        piece.scratch = scratch.data();
+        // Entries that are read first are in the caches anyway.
+        piece.stream = can_stream && piece.gap == 0.0f;
+        piece.dtype = static_cast<int>(p.dtype);
+        const TokenStats stats = kernels.store(piece);
+        total.merge(
+            {stats.change, stats.old_size, static_cast<double>(p.width), stats.mean, stats.spread});
+      }
+      partials[item] = total;
+    };
+  });
+  write_stats(p, partials, chunks);
 }
 
 }  // namespace rapid3rt

@@ -1,78 +1,67 @@
 // SPDX-License-Identifier: Apache-2.0
 // norm_modulate and gate_residual.
 #include <algorithm>
-#include <vector>
 
-#include "numeric.h"
 #include "ops.h"
+#include "rowwise/choose.h"
 #include "work_queue.h"
 
 namespace rapid3rt {
-namespace {
 
-template <class T>
-void modulate(const ModulateParams& p) {
-  const auto* x = static_cast<const T*>(p.x);
-  const auto* scale = static_cast<const T*>(p.scale);
-  const auto* shift = static_cast<const T*>(p.shift);
-  const auto* weight = static_cast<const T*>(p.weight);
-  const auto* bias = static_cast<const T*>(p.bias);
-  auto* out = static_cast<T*>(p.out);
-  const int64_t width = p.width, tokens = tokens_per_item(width);
+void norm_modulate(const ModulateParams& p) {
+  const RowKernels& kernels = row_kernels();
+  const int64_t tokens = tokens_per_item(p.width);
   const int64_t chunks = (p.num_tokens + tokens - 1) / tokens;
-  const int64_t bytes = 2 * p.num_rows * p.num_tokens * width * static_cast<int64_t>(sizeof(T));
-  run_queue(p.num_rows * chunks, threads_for_bytes(bytes, p.num_threads), [&] {
-    return [&, scratch = std::vector<float>(width)](int64_t item) mutable {
+  const int64_t size = element_bytes(p.dtype);
+  const int64_t out_bytes = p.num_rows * p.num_tokens * p.width * size;
+  const bool stream = should_stream(p.out, out_bytes, p.width * size);
+  run_queue(p.num_rows * chunks, threads_for_bytes(2 * out_bytes, p.num_threads), [&] {
+    return [&, scratch = Scratch(p.width)](int64_t item) mutable {
       const int64_t row = item / chunks, first = item % chunks * tokens;
-      float* const value = scratch.data();
-      for (int64_t token = first; token < std::min(first + tokens, p.num_tokens); ++token) {
-        const int64_t at = (row * p.num_tokens + token) * width;
-        load_row(x + at, width, value);
-        normalize_row(value, width, p.eps, p.rms);
-        if (weight != nullptr) {
-          for (int64_t j = 0; j < width; ++j) value[j] *= to_float(weight[j]);
-        }
-        if (bias != nullptr) {
-          for (int64_t j = 0; j < width; ++j) value[j] += to_float(bias[j]);
-        }
-        modulate_row(value, scale + row * width, shift + row * width, width, out + at);
-      }
+      const int64_t at = (row * p.num_tokens + first) * p.width;
+      const Modulation modulation = {element(p.scale, row * p.width, p.dtype),
+                                     element(p.shift, row * p.width, p.dtype),
+                                     p.weight,
+                                     p.bias,
+                                     p.eps,
+                                     p.rms};
+      LookupPiece piece{};  // of no terms
+      piece.out = element(p.out, at, p.dtype);
+      piece.embedded = element(p.x, at, p.dtype);
+      piece.count = std::min(tokens, p.num_tokens - first) * p.width;
+      piece.width = p.width;
+      piece.modulation = &modulation;
+      piece.scratch = scratch.data();
+      piece.stream = stream;
+      piece.dtype = static_cast<int>(p.dtype);
+      kernels.lookup(piece);
     };
   });
 }
 
-template <class T>
-void gate(const GateParams& p) {
-  const auto* residual = static_cast<const T*>(p.residual);
-  const auto* gate = static_cast<const T*>(p.gate);
-  const auto* y = static_cast<const T*>(p.y);
-  auto* out = static_cast<T*>(p.out);
-  const int64_t width = p.width, tokens = tokens_per_item(width);
+void gate_residual(const GateParams& p) {
+  const RowKernels& kernels = row_kernels();
+  const int64_t tokens = tokens_per_item(p.width);
   const int64_t chunks = (p.num_tokens + tokens - 1) / tokens;
-  const int64_t bytes = 3 * p.num_rows * p.num_tokens * width * static_cast<int64_t>(sizeof(T));
-  run_queue(p.num_rows * chunks, threads_for_bytes(bytes, p.num_threads), [&] {
+  const int64_t size = element_bytes(p.dtype);
+  const int64_t out_bytes = p.num_rows * p.num_tokens * p.width * size;
+  const bool stream = should_stream(p.out, out_bytes, p.width * size);
+  run_queue(p.num_rows * chunks, threads_for_bytes(3 * out_bytes, p.num_threads), [&] {
     return [&](int64_t item) {
       const int64_t row = item / chunks, first = item % chunks * tokens;
-      const T* const g = gate + row * width;
-      for (int64_t token = first; token < std::min(first + tokens, p.num_tokens); ++token) {
-        const int64_t at = (row * p.num_tokens + token) * width;
-        for (int64_t j = 0; j < width; ++j) {
-          from_float(to_float(residual[at + j]) + to_float(g[j]) * to_float(y[at + j]),
-                     out[at + j]);
-        }
-      }
+      const int64_t at = (row * p.num_tokens + first) * p.width;
+      GatePiece piece{};
+      piece.out = element(p.out, at, p.dtype);
+      piece.residual = element(p.residual, at, p.dtype);
+      piece.gate = element(p.gate, row * p.width, p.dtype);
+      piece.y = element(p.y, at, p.dtype);
+      piece.tokens = std::min(tokens, p.num_tokens - first);
+      piece.width = p.width;
+      piece.stream = stream;
+      piece.dtype = static_cast<int>(p.dtype);
+      kernels.gate(piece);
     };
   });
-}
-
-}  // namespace
-
-void norm_modulate(const ModulateParams& params) {
-  with_type(params.dtype, [&](auto type) { modulate<decltype(type)>(params); });
-}
-
-void gate_residual(const GateParams& params) {
-  with_type(params.dtype, [&](auto type) { gate<decltype(type)>(params); });
 }
 
 }  // namespace rapid3rt

@@ -2,40 +2,45 @@
 // gather_rows and scatter_rows: copies of whole rows as bytes.
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "ops.h"
+#include "rowwise/choose.h"
 #include "work_queue.h"
 
 namespace rapid3rt {
-
-void check_ids(const char* name, const int32_t* ids, int64_t count, int64_t limit, bool unique) {
-  std::vector<char> seen(unique ? limit : 0, 0);
-  for (int64_t i = 0; i < count; ++i) {
-    R3_CHECK(ids[i] >= 0 && ids[i] < limit, name, " must be in [0, ", limit, "), got ", ids[i],
-             " at position ", i);
-    if (unique) {
-      R3_CHECK(!seen[ids[i]], name, " must be unique, got ", ids[i], " twice");
-      seen[ids[i]] = 1;
-    }
-  }
-}
-
 namespace {
 
 constexpr int64_t kChunkBytes = 64 * 1024;
 
-// copy(row, offset, bytes) moves one piece of one row.
-template <class Copy>
-void copy_rows(const RowsParams& p, Copy&& copy) {
+// All but the lines that are not written whole go past the caches.
+void stream_bytes(const RowKernels& kernels, char* out, const char* x, int64_t bytes) {
+  const int64_t head = std::min(-reinterpret_cast<intptr_t>(out) & 63, bytes);
+  const int64_t body = (bytes - head) / 64 * 64;
+  std::memcpy(out, x, head);
+  kernels.copy(out + head, x + head, body);
+  std::memcpy(out + head + body, x + head + body, bytes - head - body);
+}
+
+// from(i) and to(i): where row i comes from and goes to.
+template <class From, class To>
+void copy_rows(const RowsParams& p, From&& from, To&& to) {
   if (p.row_bytes == 0) return;
+  const RowKernels& kernels = row_kernels();
   const int64_t chunks = (p.row_bytes + kChunkBytes - 1) / kChunkBytes;
-  const int num_threads =
-      threads_for_bytes(2 * p.num_rows * p.row_bytes, p.num_threads, kSerialCopyBytes);
+  const int64_t out_bytes = p.num_rows * p.row_bytes;
+  const bool stream = should_stream(nullptr, out_bytes, 0);
+  const int num_threads = threads_for_bytes(2 * out_bytes, p.num_threads, kSerialCopyBytes);
   run_queue(p.num_rows * chunks, num_threads, [&] {
     return [&](int64_t item) {
-      const int64_t offset = item % chunks * kChunkBytes;
-      copy(item / chunks, offset, std::min(kChunkBytes, p.row_bytes - offset));
+      const int64_t row = item / chunks, offset = item % chunks * kChunkBytes;
+      const int64_t bytes = std::min(kChunkBytes, p.row_bytes - offset);
+      char* const out = static_cast<char*>(p.out) + to(row) * p.row_bytes + offset;
+      const char* const x = static_cast<const char*>(p.x) + from(row) * p.row_bytes + offset;
+      if (stream) {
+        stream_bytes(kernels, out, x, bytes);
+      } else {
+        std::memcpy(out, x, bytes);
+      }
     };
   });
 }
@@ -44,20 +49,12 @@ void copy_rows(const RowsParams& p, Copy&& copy) {
 
 void gather_rows(const RowsParams& p) {
   check_ids("rows", p.rows, p.num_rows, p.total, false);
-  auto* out = static_cast<char*>(p.out);
-  const auto* x = static_cast<const char*>(p.x);
-  copy_rows(p, [&](int64_t row, int64_t offset, int64_t bytes) {
-    std::memcpy(out + row * p.row_bytes + offset, x + p.rows[row] * p.row_bytes + offset, bytes);
-  });
+  copy_rows(p, [&](int64_t i) -> int64_t { return p.rows[i]; }, [](int64_t i) { return i; });
 }
 
 void scatter_rows(const RowsParams& p) {
   check_ids("rows", p.rows, p.num_rows, p.total, true);
-  auto* out = static_cast<char*>(p.out);
-  const auto* x = static_cast<const char*>(p.x);
-  copy_rows(p, [&](int64_t row, int64_t offset, int64_t bytes) {
-    std::memcpy(out + p.rows[row] * p.row_bytes + offset, x + row * p.row_bytes + offset, bytes);
-  });
+  copy_rows(p, [](int64_t i) { return i; }, [&](int64_t i) -> int64_t { return p.rows[i]; });
 }
 
 }  // namespace rapid3rt

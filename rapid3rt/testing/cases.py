@@ -2,14 +2,16 @@
 """Cases of every op: the shapes that tests check are the shapes that benches time.
 
 A case knows how to make its inputs from its name alone (the name seeds them), and how many floating-point operations
-and bytes its op must spend: bytes count each tensor that the op must touch once.
+and bytes its op must spend: bytes count each tensor that the op must touch once. CASES are small, for tests; those
+marked `bench` are timed too. REAL_CASES have the size of real models and are only timed: each is made by the function
+that makes the small cases of its op.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,11 +67,11 @@ def _normal(g: torch.Generator, dtype: torch.dtype, *shape: int) -> torch.Tensor
     return torch.randn(shape, generator=g).to(dtype)
 
 
-def _gather(shape: tuple[int, ...], num_rows: int, bench: bool = False) -> Case:
+def _gather(shape: tuple[int, ...], num_rows: int, bench: bool = False, label: str = "") -> Case:
     size = num_rows * torch.Size(shape[1:]).numel()
     return Case(
         op="gather_rows",
-        name=f"{shape} rows {num_rows}",
+        name=f"{label}{shape} rows {num_rows}",
         make=lambda g, dtype: (_normal(g, dtype, *shape), permuted_rows(g, shape[0], num_rows)),
         flops=0,
         values=2 * size,
@@ -77,11 +79,11 @@ def _gather(shape: tuple[int, ...], num_rows: int, bench: bool = False) -> Case:
     )
 
 
-def _scatter(shape: tuple[int, ...], num_rows: int, bench: bool = False) -> Case:
+def _scatter(shape: tuple[int, ...], num_rows: int, bench: bool = False, label: str = "") -> Case:
     size = num_rows * torch.Size(shape[1:]).numel()
     return Case(
         op="scatter_rows",
-        name=f"{shape} rows {num_rows}",
+        name=f"{label}{shape} rows {num_rows}",
         make=lambda g, dtype: (
             _normal(g, dtype, *shape),
             _normal(g, dtype, num_rows, *shape[1:]),
@@ -94,7 +96,9 @@ def _scatter(shape: tuple[int, ...], num_rows: int, bench: bool = False) -> Case
     )
 
 
-def _lookup(rows: int, orders: int, tokens: int, width: int, bench: bool = False) -> Case:
+def _lookup(
+    rows: int, orders: int, tokens: int, width: int, bench: bool = False, label: str = ""
+) -> Case:
     size = rows * tokens * width
 
     def make(g: torch.Generator, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -105,7 +109,7 @@ def _lookup(rows: int, orders: int, tokens: int, width: int, bench: bool = False
 
     return Case(
         op="cache_lookup",
-        name=f"R{rows} O{orders} I{tokens} D{width}",
+        name=f"{label}R{rows} O{orders} I{tokens} D{width}",
         make=make,
         flops=2 * orders * size,
         values=(2 + orders) * size,
@@ -113,8 +117,10 @@ def _lookup(rows: int, orders: int, tokens: int, width: int, bench: bool = False
     )
 
 
-def _lookup_norm(rows: int, orders: int, tokens: int, width: int, bench: bool = False) -> Case:
-    base = _lookup(rows, orders, tokens, width)
+def _lookup_norm(
+    rows: int, orders: int, tokens: int, width: int, bench: bool = False, label: str = ""
+) -> Case:
+    base = _lookup(rows, orders, tokens, width, label=label)
     size = rows * tokens * width
 
     def make(g: torch.Generator, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -131,19 +137,28 @@ def _lookup_norm(rows: int, orders: int, tokens: int, width: int, bench: bool = 
     )
 
 
-def _store(rows: int, orders: int, tokens: int, width: int, bench: bool = False) -> Case:
+def _store(
+    rows: int,
+    orders: int,
+    tokens: int,
+    width: int,
+    bench: bool = False,
+    label: str = "",
+    has_history: bool = False,
+) -> Case:
     size = rows * tokens * width
 
     def make(g: torch.Generator, dtype: torch.dtype) -> tuple[Any, ...]:
         slots = _normal(g, dtype, rows + 2, orders, tokens, width)
         out, embedded = (_normal(g, dtype, rows, tokens, width) for _ in range(2))
         gap = torch.rand(rows, generator=g) * 0.1 + 0.01
-        gap[::3] = 0
+        if not has_history:
+            gap[::3] = 0
         return slots, out, embedded, permuted_rows(g, rows + 2, rows), gap
 
     return Case(
         op="cache_store",
-        name=f"R{rows} O{orders} I{tokens} D{width}",
+        name=f"{label}R{rows} O{orders} I{tokens} D{width}",
         make=make,
         flops=(6 + 2 * orders) * size,
         values=(2 + 2 * orders) * size,
@@ -153,7 +168,13 @@ def _store(rows: int, orders: int, tokens: int, width: int, bench: bool = False)
 
 
 def _modulate(
-    rows: int, tokens: int, width: int, affine: bool, rms: bool, bench: bool = False
+    rows: int,
+    tokens: int,
+    width: int,
+    affine: bool,
+    rms: bool,
+    bench: bool = False,
+    label: str = "",
 ) -> Case:
     size = rows * tokens * width
 
@@ -165,7 +186,7 @@ def _modulate(
 
     return Case(
         op="norm_modulate",
-        name=f"R{rows} I{tokens} D{width}{' affine' * affine}{' rms' * rms}",
+        name=f"{label}R{rows} I{tokens} D{width}{' affine' * affine}{' rms' * rms}",
         make=make,
         flops=8 * size,
         values=2 * size,
@@ -173,11 +194,11 @@ def _modulate(
     )
 
 
-def _gate(rows: int, tokens: int, width: int, bench: bool = False) -> Case:
+def _gate(rows: int, tokens: int, width: int, bench: bool = False, label: str = "") -> Case:
     size = rows * tokens * width
     return Case(
         op="gate_residual",
-        name=f"R{rows} I{tokens} D{width}",
+        name=f"{label}R{rows} I{tokens} D{width}",
         make=lambda g, dtype: (
             _normal(g, dtype, rows, tokens, width),
             _normal(g, dtype, rows, width),
@@ -205,6 +226,11 @@ class Heads:
         """N, joint tokens."""
         return self.image + self.text
 
+    @property
+    def text_blocks(self) -> int:
+        """Blocks that touch a text token."""
+        return -(-self.tokens // self.block) - (self.image // self.block) if self.text else 0
+
     def __str__(self) -> str:
         return f"R{self.rows} H{self.heads} N{self.image}+{self.text} K{self.head_dim} block {self.block}"
 
@@ -218,7 +244,9 @@ def packed_heads(
     return q, k, v
 
 
-def _block_lists(geometry: Heads, keep: tuple[int, ...], bench: bool = False) -> Case:
+def _block_lists(
+    geometry: Heads, keep: tuple[int, ...], bench: bool = False, label: str = ""
+) -> Case:
     def make(g: torch.Generator, dtype: torch.dtype) -> tuple[Any, ...]:
         q, k, _ = packed_heads(g, dtype, geometry)
         # Small integers: sums are exact in any order, so that the choice does not depend on rounding.
@@ -232,7 +260,7 @@ def _block_lists(geometry: Heads, keep: tuple[int, ...], bench: bool = False) ->
     scores = geometry.rows * geometry.heads * blocks**2 * geometry.head_dim
     return Case(
         op="build_block_lists",
-        name=f"{geometry} keep {keep}",
+        name=f"{label}{geometry} keep {keep}",
         make=make,
         flops=2 * size + 2 * scores,
         values=2 * size,
@@ -279,6 +307,59 @@ def _attention(
         flops=int(4 * size * geometry.tokens * density),
         values=4 * size,
         bench=bench,
+    )
+
+
+def text_lists(
+    g: torch.Generator, geometry: Heads, density: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Lists as `build_block_lists` makes them, of random image blocks: count, index, order.
+
+    density: computed over all pairs of blocks, those of text included; met as far as whole blocks go.
+    """
+    blocks, text = -(-geometry.tokens // geometry.block), geometry.text_blocks
+    image = blocks - text
+    spent = blocks * text + image * text
+    pairs = min(max(round(density * blocks**2) - spent, 0), image**2)
+    keep = torch.full((image,), pairs // image)
+    keep[torch.randperm(image, generator=g)[: pairs % image]] += 1
+    luck = torch.rand((geometry.rows, geometry.heads, image, image), generator=g)
+    chosen = luck.argsort(-1).argsort(-1) < keep[:, None]
+    listed = torch.ones((geometry.rows, geometry.heads, blocks, blocks), dtype=torch.bool)
+    listed[:, :, :image, :image] = chosen
+    count = listed.sum(-1, dtype=torch.int32)
+    index = torch.argsort((~listed).to(torch.uint8), dim=-1, stable=True).to(torch.int32)
+    order = torch.argsort(-count.flatten(), stable=True).to(torch.int32)
+    return count, index, order
+
+
+def listed_flops(arguments: tuple[Any, ...]) -> int:
+    """Arithmetic of a `block_sparse_attention` call, 4 K for each pair of a query and a listed key."""
+    q, k, _, mode, count, index, _, _, block_q, block_kv = arguments[:10]
+    sizes_q = torch.tensor([min(block_q, q.shape[2] - b) for b in range(0, q.shape[2], block_q)])
+    sizes_kv = torch.tensor([min(block_kv, k.shape[2] - b) for b in range(0, k.shape[2], block_kv)])
+    in_list = torch.arange(index.shape[-1]) < count[..., None]
+    keys = torch.where(in_list, sizes_kv[torch.where(in_list, index, 0).long()], 0).sum(-1)
+    keys = torch.where((mode == 0)[..., None], k.shape[2], keys)
+    return int(4 * q.shape[3] * (keys * sizes_q).sum())
+
+
+def _real_attention(label: str, geometry: Heads, density: float) -> Case:
+    def make(g: torch.Generator, dtype: torch.dtype) -> tuple[Any, ...]:
+        q, k, v = packed_heads(g, dtype, geometry)
+        mode = torch.full((geometry.rows, geometry.heads), int(density < 1), dtype=torch.uint8)
+        lists = text_lists(g, geometry, density)
+        scale = geometry.head_dim**-0.5
+        return q, k, v, mode, *lists, None, geometry.block, geometry.block, scale, False
+
+    size = geometry.rows * geometry.heads * geometry.tokens * geometry.head_dim
+    return Case(
+        op="block_sparse_attention",
+        name=f"{label}{geometry} density {density}",
+        make=make,
+        flops=int(4 * size * geometry.tokens * density),
+        values=4 * size,
+        bench=True,
     )
 
 
@@ -358,6 +439,41 @@ CASES: tuple[Case, ...] = (
     _attention_in_place(SMALL, 0.5),
     _attention_in_place(Heads(rows=3, heads=1, image=64, text=1, head_dim=64, block=64), 0.9),
 )
+
+FLUX = Heads(rows=1, heads=4, image=4096, text=512, head_dim=128, block=128)
+SD3 = Heads(rows=1, heads=8, image=4096, text=333, head_dim=64, block=128)
+# The tiny world and its neighbours: batches of 8, blocks of 32.
+SHORT = tuple(
+    Heads(rows=8, heads=2, image=tokens - text, text=text, head_dim=64, block=32)
+    for tokens, text in ((288, 32), (512, 64), (1100, 76))
+)
+
+
+def _real_cases() -> Iterator[Case]:
+    """At the sizes of FLUX and SD3, for benches."""
+    for label, geometry in (("flux ", FLUX), ("sd3 ", SD3)):
+        for block in (64, 128):
+            sized = replace(geometry, block=block)
+            for density in (1.0, 0.5, 0.25):
+                yield _real_attention(label, sized, density)
+            keep = -(-geometry.image // (4 * block))
+            yield _block_lists(sized, (keep,), bench=True, label=label)
+    for geometry in SHORT:
+        for density in (1.0, 0.5, 0.25):
+            yield _real_attention("short ", geometry, density)
+    for label, width in (("flux ", 3072), ("sd3 ", 1536)):
+        tokens = 4096
+        yield _gather((4, tokens, width), 2, bench=True, label=label)
+        yield _scatter((4, tokens, width), 2, bench=True, label=label)
+        for orders in (1, 3):
+            yield _lookup(1, orders, tokens, width, bench=True, label=label)
+            yield _lookup_norm(1, orders, tokens, width, bench=True, label=label)
+            yield _store(1, orders, tokens, width, bench=True, label=label, has_history=True)
+        yield _modulate(1, tokens, width, affine=False, rms=False, bench=True, label=label)
+        yield _gate(1, tokens, width, bench=True, label=label)
+
+
+REAL_CASES: tuple[Case, ...] = tuple(_real_cases())
 
 
 def cases_of(*ops: str) -> list[Case]:

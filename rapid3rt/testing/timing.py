@@ -20,7 +20,11 @@ class Timing:
 
 
 def time_rivals(
-    rivals: dict[str, Callable[[], object]], *, rounds: int = 7, round_ms: float = 20.0
+    rivals: dict[str, Callable[[], object]],
+    *,
+    rounds: int = 7,
+    round_ms: float = 20.0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time each callable; the calls of a round are as many as fit into `round_ms`, at least one.
 
@@ -28,12 +32,13 @@ def time_rivals(
     ----------
     rivals: name to callable without arguments. rounds: interleaved rounds, after one that only warms up.
     round_ms: length of one callable's part of a round, in milliseconds.
+    clock: seconds; `time.thread_time` for one thread on a machine that others keep busy.
     """
-    calls = {name: _calls_per_round(call, round_ms) for name, call in rivals.items()}
+    calls = {name: _calls_per_round(call, round_ms, clock) for name, call in rivals.items()}
     samples: dict[str, list[float]] = {name: [] for name in rivals}
     for _ in range(rounds):
         for name, call in rivals.items():
-            samples[name].append(_time_calls(call, calls[name]) / calls[name] * 1e6)
+            samples[name].append(_time_calls(call, calls[name], clock) / calls[name] * 1e6)
     return {
         name: Timing(
             median_us=statistics.median(s), spread=(max(s) - min(s)) / statistics.median(s)
@@ -42,19 +47,21 @@ def time_rivals(
     }
 
 
-def _calls_per_round(call: Callable[[], object], round_ms: float) -> int:
+def _calls_per_round(
+    call: Callable[[], object], round_ms: float, clock: Callable[[], float]
+) -> int:
     call()
-    once = min(_time_calls(call, 1) for _ in range(3))
+    once = min(_time_calls(call, 1, clock) for _ in range(3))
     return max(1, int(round_ms / 1e3 / max(once, 1e-7)))
 
 
-def _time_calls(call: Callable[[], object], count: int) -> float:
+def _time_calls(call: Callable[[], object], count: int, clock: Callable[[], float]) -> float:
     """Seconds for some calls, the device's work included."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    begin = time.perf_counter()
+    begin = clock()
     for _ in range(count):
         call()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    return clock() - begin

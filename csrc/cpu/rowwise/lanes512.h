@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sixteen lanes on AVX-512 F, BW, DQ and VL.
+#pragma once
+
+#include <immintrin.h>
+
+#include "rowwise/spans.h"
+
+namespace rapid3rt {
+namespace {
+
+// Integer arithmetic.
+struct Rounding512 {
+  static __m256i to_bfloat16(__m512 x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    const __m512i rounded = _mm512_mask_mov_epi32(up, is_nan, _mm512_set1_epi32(0x7fc00000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  }
+};
+
+template <class Rounding>
+struct Lanes512 {
+  using Vec = __m512;
+  static constexpr int kSums = 8;
+
+  static Vec load(const float* p) { return _mm512_loadu_ps(p); }
+  static Vec load(const BFloat16* p) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+  }
+  static Vec load(const Float16* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+
+  static __m256i narrow(BFloat16, Vec x) { return Rounding::to_bfloat16(x); }
+  static __m256i narrow(Float16, Vec x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+
+  static void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
+  template <class T>
+  static void store(T* p, Vec x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(T{}, x));
+  }
+
+  static void stream(float* p, Vec x) { _mm512_stream_ps(p, x); }
+  template <class T>
+  static void stream(T* p, Vec x) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(T{}, x));
+  }
+  static void fence() { _mm_sfence(); }
+
+  static Vec zero() { return _mm512_setzero_ps(); }
+  static Vec set1(float x) { return _mm512_set1_ps(x); }
+  static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  static Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+  static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+  static Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+  static Vec abs(Vec x) { return _mm512_abs_ps(x); }
+
+  static Vec keep(Vec x, int64_t n) {
+    return _mm512_maskz_mov_ps(static_cast<__mmask16>((1u << n) - 1), x);
+  }
+
+  static float sum(Vec x) {
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+
+  static float inverse_sqrt(float x) { return 1.0f / _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
+};
+
+}  // namespace
+}  // namespace rapid3rt
