@@ -14,11 +14,9 @@
 namespace rapid3rt {
 namespace {
 
-int64_t num_blocks(int64_t tokens, int64_t block) { return (tokens + block - 1) / block; }
-
 // Which blocks touch a text token.
 std::vector<char> text_blocks(const ListsParams& p, int64_t block) {
-  std::vector<char> is_text(num_blocks(p.num_tokens, block), 0);
+  std::vector<char> is_text(ceil_div(p.num_tokens, block), 0);
   for (int64_t b = 0; b < static_cast<int64_t>(is_text.size()); ++b) {
     const int64_t begin = b * block, end = std::min(begin + block, p.num_tokens);
     is_text[b] = p.text_len > 0 && begin < p.text_start + p.text_len && p.text_start < end;
@@ -56,9 +54,9 @@ class Chooser {
   explicit Chooser(const ListsParams& p)
       : p_(p),
         kernels_(row_kernels()),
-        num_q_(num_blocks(p.num_tokens, p.block_q)),
-        num_kv_(num_blocks(p.num_tokens, p.block_kv)),
-        padded_kv_((num_kv_ + kLanes - 1) / kLanes * kLanes),
+        num_q_(ceil_div(p.num_tokens, p.block_q)),
+        num_kv_(ceil_div(p.num_tokens, p.block_kv)),
+        padded_kv_(ceil_div(num_kv_, kLanes) * kLanes),
         q_is_text_(text_blocks(p, p.block_q)),
         k_is_text_(text_blocks(p, p.block_kv)),
         q_means_(num_q_ * p.head_dim),
@@ -157,8 +155,8 @@ void build_block_lists(const ListsParams& p) {
   const int64_t bytes = 2 * num_heads * p.num_tokens * p.head_dim * element_bytes(p.dtype);
   run_queue(num_heads, threads_for_bytes(bytes, p.num_threads),
             [&] { return [chooser = Chooser(p)](int64_t item) mutable { chooser.choose(item); }; });
-  const int64_t num_kv = num_blocks(p.num_tokens, p.block_kv);
-  write_order(p, num_heads * num_blocks(p.num_tokens, p.block_q), num_kv);
+  const int64_t num_kv = ceil_div(p.num_tokens, p.block_kv);
+  write_order(p, num_heads * ceil_div(p.num_tokens, p.block_q), num_kv);
 }
 
 }  // namespace rapid3rt

@@ -50,7 +50,7 @@ void cache_lookup(const LookupParams& p) {
   const int64_t row_size = p.num_tokens * p.width, size = element_bytes(p.dtype);
   // Without a norm tokens do not matter: a row is cut anywhere.
   const int64_t step = has_norm ? tokens_per_item(p.width) * p.width : kItemElements;
-  const int64_t chunks = (row_size + step - 1) / step;
+  const int64_t chunks = ceil_div(row_size, step);
   const int64_t out_bytes = p.num_rows * row_size * size;
   const bool stream = should_stream(p.out, out_bytes, (has_norm ? p.width : row_size) * size);
   const int num_threads = threads_for_bytes(out_bytes * (2 + p.num_orders), p.num_threads);
@@ -94,7 +94,7 @@ void cache_store(const StoreParams& p) {
   check_ids("slot", p.slot, p.num_rows, p.num_slots, true);
   const RowKernels& kernels = row_kernels();
   const int64_t tokens = tokens_per_item(p.width);
-  const int64_t chunks = (p.num_tokens + tokens - 1) / tokens;
+  const int64_t chunks = ceil_div(p.num_tokens, tokens);
   const int64_t row_size = p.num_tokens * p.width, size = element_bytes(p.dtype);
   const int64_t slot_bytes = p.num_rows * p.num_orders * row_size * size;
   const bool can_stream = should_stream(p.slots, slot_bytes, p.width * size);

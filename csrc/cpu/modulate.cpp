@@ -11,7 +11,7 @@ namespace rapid3rt {
 void norm_modulate(const ModulateParams& p) {
   const RowKernels& kernels = row_kernels();
   const int64_t tokens = tokens_per_item(p.width);
-  const int64_t chunks = (p.num_tokens + tokens - 1) / tokens;
+  const int64_t chunks = ceil_div(p.num_tokens, tokens);
   const int64_t size = element_bytes(p.dtype);
   const int64_t out_bytes = p.num_rows * p.num_tokens * p.width * size;
   const bool stream = should_stream(p.out, out_bytes, p.width * size);
@@ -42,7 +42,7 @@ void norm_modulate(const ModulateParams& p) {
 void gate_residual(const GateParams& p) {
   const RowKernels& kernels = row_kernels();
   const int64_t tokens = tokens_per_item(p.width);
-  const int64_t chunks = (p.num_tokens + tokens - 1) / tokens;
+  const int64_t chunks = ceil_div(p.num_tokens, tokens);
   const int64_t size = element_bytes(p.dtype);
   const int64_t out_bytes = p.num_rows * p.num_tokens * p.width * size;
   const bool stream = should_stream(p.out, out_bytes, p.width * size);

@@ -17,6 +17,9 @@ void scatter_rows(const RowsParams& params);
 void norm_modulate(const ModulateParams& params);
 void gate_residual(const GateParams& params);
 
+// Pieces of `step` that cover n, the last one perhaps shorter.
+inline int64_t ceil_div(int64_t n, int64_t step) { return (n + step - 1) / step; }
+
 // Each id within [0, limit); with unique also none twice.
 void check_ids(const char* name, const int32_t* ids, int64_t count, int64_t limit, bool unique);
 

@@ -26,7 +26,7 @@ template <class From, class To>
 void copy_rows(const RowsParams& p, From&& from, To&& to) {
   if (p.row_bytes == 0) return;
   const RowKernels& kernels = row_kernels();
-  const int64_t chunks = (p.row_bytes + kChunkBytes - 1) / kChunkBytes;
+  const int64_t chunks = ceil_div(p.row_bytes, kChunkBytes);
   const int64_t out_bytes = p.num_rows * p.row_bytes;
   const bool stream = should_stream(nullptr, out_bytes, 0);
   const int num_threads = threads_for_bytes(2 * out_bytes, p.num_threads, kSerialCopyBytes);

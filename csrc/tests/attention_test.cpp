@@ -56,14 +56,12 @@ struct Case {
   float scale;
 };
 
-int64_t blocks_of(int64_t tokens, int64_t block) { return (tokens + block - 1) / block; }
-
 // One row; q, k and v are [tokens, heads, head_dim] and end with the last token that may be read.
 class Problem {
  public:
   Problem(const Case& c, uint32_t seed)
       : c_(c),
-        element_(c.dtype == DType::kFloat32 ? 4 : 2),
+        element_(element_bytes(c.dtype)),
         q_(c.len_q * token_bytes()),
         k_(c.kv_len * token_bytes()),
         v_(c.kv_len * token_bytes()),
@@ -71,7 +69,7 @@ class Problem {
     fill(q_, c.len_q, wide_q_);
     fill(k_, c.kv_len, wide_k_);
     fill(v_, c.kv_len, wide_v_);
-    const int64_t num_q = blocks_of(c.len_q, c.block), num_kv = blocks_of(c.len_kv, c.block);
+    const int64_t num_q = ceil_div(c.len_q, c.block), num_kv = ceil_div(c.len_kv, c.block);
     index_.assign(c.num_heads * num_q * num_kv, -7);
     std::bernoulli_distribution listed(c.density);
     for (int64_t i = 0; i < c.num_heads * num_q; ++i) {
@@ -108,8 +106,8 @@ class Problem {
     p.block_q = p.block_kv = c_.block;
     p.out_strides = p.q_strides = p.k_strides =
         p.v_strides = {0, c_.head_dim, c_.num_heads * c_.head_dim};
-    const int64_t num_q = blocks_of(c_.len_q, c_.block);
-    p.list_len = blocks_of(c_.len_kv, c_.block);
+    const int64_t num_q = ceil_div(c_.len_q, c_.block);
+    p.list_len = ceil_div(c_.len_kv, c_.block);
     p.index_strides = {0, num_q * p.list_len, p.list_len};
     p.count_head = num_q;
     p.scale = c_.scale;

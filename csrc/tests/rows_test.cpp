@@ -20,7 +20,7 @@ constexpr int64_t kRows = 2, kSlots = 3, kOrders = 3, kTokens = 3;
 class Buffer {
  public:
   Buffer(int64_t count, DType dtype, unsigned seed)
-      : skip_(dtype == DType::kFloat32 ? 4 : 2), bytes_(skip_ * (count + 1)) {
+      : skip_(element_bytes(dtype)), bytes_(skip_ * (count + 1)) {
     memory_.reset(new char[bytes_]);
     for (int64_t i = 0; i < count; ++i) {
       seed = seed * 1664525u + 1013904223u;
@@ -64,7 +64,7 @@ std::vector<std::vector<char>> run_all(int64_t width, DType dtype, int num_threa
                  weight.data(), 1e-6f, true, kRows, kTokens, width, dtype, num_threads});
   gate_residual({gated.data(), embedded.data(), scale.data(), y.data(), kRows, kTokens, width,
                  dtype, num_threads});
-  const int64_t row_bytes = kTokens * width * (dtype == DType::kFloat32 ? 4 : 2);
+  const int64_t row_bytes = kTokens * width * element_bytes(dtype);
   gather_rows(
       {gathered.data(), slots.data(), slot, kRows, kSlots * kOrders, row_bytes, num_threads});
   scatter_rows({scattered.data(), gathered.data(), slot, kRows, kSlots, row_bytes, num_threads});

@@ -121,7 +121,7 @@ class Worker {
   }
 
   void run(int64_t i) {
-    const int64_t num_q = (p_.len_q + p_.block_q - 1) / p_.block_q;
+    const int64_t num_q = ceil_div(p_.len_q, p_.block_q);
     const int64_t item = p_.order == nullptr ? i : p_.order[i];
     const int64_t head_id = item / num_q, block = item % num_q;
     if (p_.mode[head_id] == kSkip) return;
@@ -135,10 +135,10 @@ class Worker {
   }
 
  private:
-  int64_t num_kv() const { return (p_.len_kv + p_.block_kv - 1) / p_.block_kv; }
+  int64_t num_kv() const { return ceil_div(p_.len_kv, p_.block_kv); }
 
   void point_at(int64_t row, int64_t head, int64_t block) {
-    const int64_t element = p_.dtype == DType::kFloat32 ? 4 : 2, first = block * p_.block_q;
+    const int64_t element = element_bytes(p_.dtype), first = block * p_.block_q;
     const auto at = [&](const void* base, const Strides& s, int64_t token) {
       return static_cast<const char*>(base) +
              (row * s.row + head * s.head + token * s.token) * element;
@@ -209,8 +209,8 @@ Packed pack_values(const AttentionParams& p, const TileKernel& kernel, int64_t n
 }  // namespace
 
 void block_sparse_attention(const AttentionParams& p) {
-  const int64_t num_q = (p.len_q + p.block_q - 1) / p.block_q;
-  const int64_t num_kv = (p.len_kv + p.block_kv - 1) / p.block_kv;
+  const int64_t num_q = ceil_div(p.len_q, p.block_q);
+  const int64_t num_kv = ceil_div(p.len_kv, p.block_kv);
   const int64_t items = p.num_rows * p.num_heads * num_q;
   R3_CHECK(items <= std::numeric_limits<int32_t>::max(),
            "rows * heads * query blocks must fit int32, got ", items);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/flash.h"
+#include "bfloat16.h"
 
 namespace rapid3rt {
 namespace {
@@ -52,19 +53,12 @@ struct Vectors256 {
     if (kType == kFloat32) return load(reinterpret_cast<const Word*>(row) + d);
     const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + 2 * d));
     if (kType == kFloat16) return _mm256_cvtph_ps(x);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+    return widen_bfloat16(x);
   }
 
-  // Round to nearest even; NaN stays NaN.
   static __m128i to_bfloat16(Vec x) {
-    const __m256i bits = _mm256_castps_si256(x);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff));
-    const Vec is_nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
-    const Vec nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
-    const Vec rounded = _mm256_blendv_ps(_mm256_castsi256_ps(up), nan, is_nan);
-    const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(rounded), 16);
-    return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+    const __m256i words = bfloat16_words(x);
+    return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   }
 
   template <int kType>

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/flash.h"
+#include "bfloat16.h"
 
 namespace rapid3rt {
 namespace {
@@ -43,26 +44,12 @@ struct Vectors512 {
 
   static void store_words(Word* p, int64_t n, Vec x) { _mm512_mask_storeu_ps(p, first(n), x); }
 
-  static Vec from_bfloat16(__m256i x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
-  }
-
-  // Round to nearest even; NaN stays NaN.
-  static __m256i to_bfloat16(Vec x) {
-    const __m512i bits = _mm512_castps_si512(x);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
-    const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    const __m512i rounded = _mm512_mask_mov_epi32(up, is_nan, _mm512_set1_epi32(0x7fc00000));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
-  }
-
   // n elements of a row from element d on, zeros beyond.
   template <int kType>
   static Vec load_as(const char* row, int64_t d, int64_t n) {
     if (kType == kFloat32) return _mm512_maskz_loadu_ps(first(n), row + 4 * d);
     const __m256i x = _mm256_maskz_loadu_epi16(first(n), row + 2 * d);
-    return kType == kBFloat16 ? from_bfloat16(x) : _mm512_cvtph_ps(x);
+    return kType == kBFloat16 ? widen_bfloat16(x) : _mm512_cvtph_ps(x);
   }
 
   template <int kType>

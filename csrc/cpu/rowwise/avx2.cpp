@@ -2,6 +2,7 @@
 // Rows on AVX2 and F16C.
 #include <immintrin.h>
 
+#include "bfloat16.h"
 #include "rowwise/spans.h"
 
 namespace rapid3rt {
@@ -17,25 +18,15 @@ struct Lanes256 {
   static __m128i load_eight(const void* p) {
     return _mm_loadu_si128(static_cast<const __m128i*>(p));
   }
-  static __m256 widen(BFloat16, __m128i x) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
-  }
+  static __m256 widen(BFloat16, __m128i x) { return widen_bfloat16(x); }
   static __m256 widen(Float16, __m128i x) { return _mm256_cvtph_ps(x); }
   template <class T>
   static Vec load(const T* p) {
     return {widen(T{}, load_eight(p)), widen(T{}, load_eight(p + 8))};
   }
 
-  static __m256i rounded_bits(__m256 x) {
-    const __m256i bits = _mm256_castps_si256(x);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff));
-    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-    const __m256i kept = _mm256_blendv_epi8(up, _mm256_set1_epi32(0x7fc00000), is_nan);
-    return _mm256_srli_epi32(kept, 16);
-  }
   static __m256i narrow(BFloat16, Vec x) {
-    const __m256i packed = _mm256_packus_epi32(rounded_bits(x.low), rounded_bits(x.high));
+    const __m256i packed = _mm256_packus_epi32(bfloat16_words(x.low), bfloat16_words(x.high));
     return _mm256_permute4x64_epi64(packed, 0xd8);  // packing works within halves
   }
   static __m256i narrow(Float16, Vec x) {

@@ -18,8 +18,6 @@ const RowKernels& row_kernels();
 // in bytes of what is written in one go: a streamed line must be written whole.
 bool should_stream(const void* out, int64_t out_bytes, int64_t step);
 
-inline int64_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
 // Address of an element.
 inline const char* element(const void* x, int64_t at, DType dtype) {
   return static_cast<const char*>(x) + at * element_bytes(dtype);

@@ -13,6 +13,8 @@ namespace rapid3rt {
 // The same numbers stand in rapid3rt/ops/native.py.
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+inline int64_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
 struct bfloat16 {
   uint16_t bits;
 };
