@@ -30,18 +30,19 @@ from typing import Any
 
 import torch
 from record import machine
-from rivals import Arguments, Call, make_rivals
+from rivals import Arguments, make_rivals
 
 from rapid3rt import ops
+from rapid3rt.testing.attention import listed_flops
 from rapid3rt.testing.cases import (
     CASES,
     DTYPES,
     REAL_CASES,
     Case,
     clone_arguments,
-    listed_flops,
     result_tensors,
 )
+from rapid3rt.testing.eager import Call
 from rapid3rt.testing.timing import time_rivals
 
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
@@ -102,7 +103,7 @@ def measure(case: Case, dtype: torch.dtype, options: Any) -> dict[str, Any]:
     }
     if case.op == "block_sparse_attention":
         q, k = arguments[:2]
-        flops = listed_flops(arguments) if arguments[4] is not None else case.flops
+        flops = listed_flops(arguments)
         result["density"] = flops / (4 * q.numel() * k.shape[2])
         result["gflops"] = flops / ours.median_us / 1e3
     else:

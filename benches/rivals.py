@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,80 +10,11 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from rapid3rt import ops
-from rapid3rt.ops import reference
+from rapid3rt.testing.attention import listed_mask, lists_of
 from rapid3rt.testing.cases import Case
+from rapid3rt.testing.eager import Call, eager
 
-Call = Callable[[], object]
 Arguments = tuple[Any, ...]
-
-
-def eager(case: Case, arguments: Arguments) -> Call:
-    """What a user would write: plain PyTorch in the dtype of the tensors."""
-    if case.op == "gather_rows":
-        x, rows = arguments
-        return lambda: x.index_select(0, rows)
-    if case.op == "scatter_rows":
-        out, x, rows = arguments
-        wide = rows.long()
-        return lambda: out.index_copy_(0, wide, x)
-    if case.op in ("cache_lookup", "cache_lookup_norm"):
-        return eager_lookup(*arguments)
-    if case.op == "cache_store":
-        return eager_store(*arguments)
-    if case.op == "norm_modulate":
-        x, scale, shift, weight, bias, eps, _ = arguments
-        return lambda: (
-            F.layer_norm(x, x.shape[-1:], weight, bias, eps) * (1 + scale[:, None]) + shift[:, None]
-        )
-    if case.op == "gate_residual":
-        residual, gate, y = arguments
-        return lambda: residual + gate[:, None] * y
-    return lambda: getattr(reference, case.op)(*arguments)
-
-
-def eager_lookup(
-    embedded: torch.Tensor,
-    slots: torch.Tensor,
-    slot: torch.Tensor,
-    coef: torch.Tensor,
-    *norm: Any,
-) -> Call:
-    """Lookup, with scale, shift and eps also norm and modulation."""
-    weight = coef[:, :, None, None].to(embedded.dtype)
-
-    def lookup() -> torch.Tensor:
-        x = embedded
-        for order in range(slots.shape[1]):
-            x = x + weight[:, order] * slots[:, order].index_select(0, slot)
-        if not norm:
-            return x
-        scale, shift, eps = norm
-        return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale[:, None]) + shift[:, None]
-
-    return lookup
-
-
-def eager_store(
-    slots: torch.Tensor,
-    out: torch.Tensor,
-    embedded: torch.Tensor,
-    slot: torch.Tensor,
-    gap: torch.Tensor,
-) -> Call:
-    """Store of rows that all have a history."""
-    wide, width = slot.long(), gap[:, None, None].to(out.dtype)
-
-    def store() -> torch.Tensor:
-        r = out - embedded
-        old = slots.index_select(0, slot)
-        entries = [r]
-        for order in range(1, slots.shape[1]):
-            entries.append((entries[-1] - old[:, order - 1]) / width)
-        slots[wide] = torch.stack(entries, 1)
-        drift = (r - old[:, 0]).abs().mean((1, 2)) / old[:, 0].abs().mean((1, 2))
-        return torch.stack((drift, r.mean((1, 2)), r.std((1, 2), correction=0)), 1)
-
-    return store
 
 
 def copy_of(num_bytes: int, device: torch.device) -> Call:
@@ -92,16 +22,6 @@ def copy_of(num_bytes: int, device: torch.device) -> Call:
     source = torch.randn(num_bytes // 8, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
-
-
-def listed_mask(arguments: Arguments) -> torch.Tensor:
-    """Which key blocks each query block sees: bool `[R, H, Mq, Mk]`."""
-    _, k, _, mode, count, index, *_, block_kv, _, _ = arguments
-    blocks = -(-k.shape[2] // block_kv)
-    seen = torch.zeros(*count.shape, blocks + 1, dtype=torch.bool, device=k.device)
-    in_list = torch.arange(index.shape[-1], device=k.device) < count[..., None]
-    seen.scatter_(-1, torch.where(in_list, index, blocks).long(), True)
-    return seen[..., :blocks] | (mode != 1)[..., None, None]
 
 
 def masked_sdpa(arguments: Arguments) -> Call:
@@ -122,9 +42,7 @@ def flex(arguments: Arguments) -> Call:
     """FlexAttention compiled, over the same lists."""
     q, k, v = arguments[:3]
     block_q, block_kv, scale = arguments[8:11]
-    seen = listed_mask(arguments)
-    count = seen.sum(-1, dtype=torch.int32)
-    index = torch.argsort((~seen).to(torch.uint8), dim=-1, stable=True).to(torch.int32)
+    count, index = lists_of(listed_mask(arguments))
     mask = BlockMask.from_kv_blocks(
         count, index, None, None, (block_q, block_kv), always, (q.shape[2], k.shape[2])
     )

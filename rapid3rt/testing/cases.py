@@ -16,7 +16,10 @@ from typing import Any
 
 import torch
 
+from rapid3rt.testing.attention import Heads, packed_heads, random_lists, text_lists
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Make = Callable[[torch.Generator, torch.dtype], tuple[Any, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +32,7 @@ class Case:
 
     op: str
     name: str
-    make: Callable[[torch.Generator, torch.dtype], tuple[Any, ...]]
+    make: Make
     flops: int
     values: int
     writes: tuple[int, ...] = ()
@@ -210,40 +213,6 @@ def _gate(rows: int, tokens: int, width: int, bench: bool = False, label: str = 
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Heads:
-    """Geometry of an attention case: image tokens first, then text."""
-
-    rows: int
-    heads: int
-    image: int
-    text: int
-    head_dim: int
-    block: int
-
-    @property
-    def tokens(self) -> int:
-        """N, joint tokens."""
-        return self.image + self.text
-
-    @property
-    def text_blocks(self) -> int:
-        """Blocks that touch a text token."""
-        return -(-self.tokens // self.block) - (self.image // self.block) if self.text else 0
-
-    def __str__(self) -> str:
-        return f"R{self.rows} H{self.heads} N{self.image}+{self.text} K{self.head_dim} block {self.block}"
-
-
-def packed_heads(
-    g: torch.Generator, dtype: torch.dtype, geometry: Heads
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k, v `[R, H, N, K]` as views of one packed projection, the layout of diffusers."""
-    shape = (geometry.rows, geometry.tokens, 3, geometry.heads, geometry.head_dim)
-    q, k, v = _normal(g, dtype, *shape).permute(2, 0, 3, 1, 4)
-    return q, k, v
-
-
 def _block_lists(
     geometry: Heads, keep: tuple[int, ...], bench: bool = False, label: str = ""
 ) -> Case:
@@ -256,8 +225,7 @@ def _block_lists(
         return q, k, rows, *text, geometry.block, geometry.block, geometry.head_dim**-0.5
 
     size = geometry.rows * geometry.heads * geometry.tokens * geometry.head_dim
-    blocks = -(-geometry.tokens // geometry.block)
-    scores = geometry.rows * geometry.heads * blocks**2 * geometry.head_dim
+    scores = geometry.rows * geometry.heads * geometry.blocks**2 * geometry.head_dim
     return Case(
         op="build_block_lists",
         name=f"{label}{geometry} keep {keep}",
@@ -268,18 +236,16 @@ def _block_lists(
     )
 
 
-def random_lists(
-    g: torch.Generator, geometry: Heads, density: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Bernoulli lists: count, index with garbage beyond count, and a random permutation as order."""
-    blocks = -(-geometry.tokens // geometry.block)
-    shape = (geometry.rows, geometry.heads, blocks, blocks)
-    listed = torch.rand(shape, generator=g) < density
-    count = listed.sum(-1, dtype=torch.int32)
-    index = torch.argsort((~listed).to(torch.uint8), dim=-1, stable=True).to(torch.int32)
-    index[~(torch.arange(blocks) < count[..., None])] = 2**31 - 1
-    order = torch.randperm(count.numel(), generator=g).to(torch.int32)
-    return count, index, order
+def _attention_case(name: str, geometry: Heads, density: float, make: Make, bench: bool) -> Case:
+    size = geometry.rows * geometry.heads * geometry.tokens * geometry.head_dim
+    return Case(
+        op="block_sparse_attention",
+        name=name,
+        make=make,
+        flops=int(4 * size * geometry.tokens * density),
+        values=4 * size,
+        bench=bench,
+    )
 
 
 def _attention(
@@ -299,49 +265,8 @@ def _attention(
         scale = gain * geometry.head_dim**-0.5
         return q, k, v, mode, *lists, kv_len, geometry.block, geometry.block, scale, True
 
-    size = geometry.rows * geometry.heads * geometry.tokens * geometry.head_dim
-    return Case(
-        op="block_sparse_attention",
-        name=f"{geometry} density {density}{' ragged' * ragged}{f' gain {gain}' * (gain != 1)}",
-        make=make,
-        flops=int(4 * size * geometry.tokens * density),
-        values=4 * size,
-        bench=bench,
-    )
-
-
-def text_lists(
-    g: torch.Generator, geometry: Heads, density: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Lists as `build_block_lists` makes them, of random image blocks: count, index, order.
-
-    density: computed over all pairs of blocks, those of text included; met as far as whole blocks go.
-    """
-    blocks, text = -(-geometry.tokens // geometry.block), geometry.text_blocks
-    image = blocks - text
-    spent = blocks * text + image * text
-    pairs = min(max(round(density * blocks**2) - spent, 0), image**2)
-    keep = torch.full((image,), pairs // image)
-    keep[torch.randperm(image, generator=g)[: pairs % image]] += 1
-    luck = torch.rand((geometry.rows, geometry.heads, image, image), generator=g)
-    chosen = luck.argsort(-1).argsort(-1) < keep[:, None]
-    listed = torch.ones((geometry.rows, geometry.heads, blocks, blocks), dtype=torch.bool)
-    listed[:, :, :image, :image] = chosen
-    count = listed.sum(-1, dtype=torch.int32)
-    index = torch.argsort((~listed).to(torch.uint8), dim=-1, stable=True).to(torch.int32)
-    order = torch.argsort(-count.flatten(), stable=True).to(torch.int32)
-    return count, index, order
-
-
-def listed_flops(arguments: tuple[Any, ...]) -> int:
-    """Arithmetic of a `block_sparse_attention` call, 4 K for each pair of a query and a listed key."""
-    q, k, _, mode, count, index, _, _, block_q, block_kv = arguments[:10]
-    sizes_q = torch.tensor([min(block_q, q.shape[2] - b) for b in range(0, q.shape[2], block_q)])
-    sizes_kv = torch.tensor([min(block_kv, k.shape[2] - b) for b in range(0, k.shape[2], block_kv)])
-    in_list = torch.arange(index.shape[-1]) < count[..., None]
-    keys = torch.where(in_list, sizes_kv[torch.where(in_list, index, 0).long()], 0).sum(-1)
-    keys = torch.where((mode == 0)[..., None], k.shape[2], keys)
-    return int(4 * q.shape[3] * (keys * sizes_q).sum())
+    name = f"{geometry} density {density}{' ragged' * ragged}{f' gain {gain}' * (gain != 1)}"
+    return _attention_case(name, geometry, density, make, bench)
 
 
 def _real_attention(label: str, geometry: Heads, density: float) -> Case:
@@ -352,15 +277,8 @@ def _real_attention(label: str, geometry: Heads, density: float) -> Case:
         scale = geometry.head_dim**-0.5
         return q, k, v, mode, *lists, None, geometry.block, geometry.block, scale, False
 
-    size = geometry.rows * geometry.heads * geometry.tokens * geometry.head_dim
-    return Case(
-        op="block_sparse_attention",
-        name=f"{label}{geometry} density {density}",
-        make=make,
-        flops=int(4 * size * geometry.tokens * density),
-        values=4 * size,
-        bench=True,
-    )
+    name = f"{label}{geometry} density {density}"
+    return _attention_case(name, geometry, density, make, bench=True)
 
 
 def _attention_in_place(geometry: Heads, density: float) -> Case:

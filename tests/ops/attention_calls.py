@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from rapid3rt import ops
 from rapid3rt.ops import native, reference
+from rapid3rt.testing.attention import listed_mask
 from rapid3rt.testing.numerics import assert_close
 
 Arguments = tuple[Any, ...]
@@ -38,15 +39,9 @@ def widen(arguments: Arguments) -> Arguments:
 
 def masked_sdpa(arguments: Arguments) -> torch.Tensor:
     """What PyTorch gives for the same call: SDPA under a mask."""
-    q, k, v, mode, count, index, _, kv_len, block_q, block_kv, scale = arguments[:11]
-    blocks_q, blocks = -(-q.shape[2] // block_q), -(-k.shape[2] // block_kv)
-    seen = (mode != 1)[..., None, None].expand(*mode.shape, blocks_q, blocks)
-    if count is not None:
-        listed = torch.zeros(*count.shape, blocks + 1, dtype=torch.bool)
-        valid = torch.arange(index.shape[-1]) < count[..., None]
-        listed.scatter_(-1, torch.where(valid, index, blocks).long(), True)
-        seen = seen | listed[..., :blocks]
-    mask = seen.repeat_interleave(block_q, 2).repeat_interleave(block_kv, 3)
+    q, k, v = arguments[:3]
+    kv_len, block_q, block_kv, scale = arguments[7:11]
+    mask = listed_mask(arguments).repeat_interleave(block_q, 2).repeat_interleave(block_kv, 3)
     mask = mask[:, :, : q.shape[2], : k.shape[2]]
     if kv_len is not None:
         mask = mask & (torch.arange(k.shape[2]) < kv_len[:, None, None, None])

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from rapid3rt import ops
 from rapid3rt.ops import reference
+from rapid3rt.testing.attention import listed_mask, lists_of
 from rapid3rt.testing.cases import DTYPES
 from rapid3rt.testing.numerics import assert_same_bits, poison_
 
@@ -88,9 +89,7 @@ def make_arguments(call: Call) -> tuple[Any, ...]:
         torch.randn(call.rows, n, call.heads, call.head_dim, generator=g).to(call.dtype).transpose(1, 2)
         for n in (call.len_q, call.len_kv, call.len_kv)
     )  # fmt: skip
-    listed = listed_blocks(call, g, num_q, num_kv)
-    count = listed.sum(-1, dtype=torch.int32)
-    index = torch.argsort((~listed).to(torch.uint8), dim=-1, stable=True).to(torch.int32)
+    count, index = lists_of(listed_blocks(call, g, num_q, num_kv))
     mode = torch.randint(0, 6, (call.rows, call.heads), generator=g)
     mode = torch.tensor([1, 1, 1, 1, 0, 2], dtype=torch.uint8)[mode]
     order = torch.randperm(count.numel(), generator=g).int()
@@ -105,16 +104,12 @@ def poison_unread(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same call with poison in every key, value and list entry that it must not read."""
     q, k, v, mode, count, index, order, kv_len, block, block_kv, scale = arguments
     k, v, index = k.clone(), v.clone(), index.clone()
-    blocks = index.shape[-1]
-    in_list = torch.arange(blocks) < count[..., None]
-    seen = torch.zeros(*index.shape[:3], blocks + 1, dtype=torch.bool)
-    seen.scatter_(-1, torch.where(in_list, index, blocks).long(), True)
-    read = seen[..., :blocks].any(2) & (mode == 1)[..., None] | (mode == 0)[..., None]
+    read = listed_mask(arguments).any(2)
     keys = read.repeat_interleave(block_kv, 2)[..., : k.shape[2]]
     if kv_len is not None:
         keys = keys & (torch.arange(k.shape[2]) < kv_len[:, None, None])
     k[~keys], v[~keys] = torch.nan, torch.nan
-    index[~in_list] = 2**31 - 1
+    index[torch.arange(index.shape[-1]) >= count[..., None]] = 2**31 - 1
     return q, k, v, mode, count, index, order, kv_len, block, block_kv, scale
 
 

@@ -11,7 +11,8 @@ from attention_calls import ISAS, check_attention, forced, widen
 
 from rapid3rt import ops
 from rapid3rt.ops import reference
-from rapid3rt.testing.cases import DTYPES, Heads, packed_heads, random_lists
+from rapid3rt.testing.attention import Heads, packed_heads, random_lists
+from rapid3rt.testing.cases import DTYPES
 from rapid3rt.testing.numerics import assert_same_bits, poison_
 
 Results = tuple[torch.Tensor, torch.Tensor]

@@ -9,14 +9,8 @@ from attention_calls import ISAS, check_attention, forced
 
 from rapid3rt import ops
 from rapid3rt.ops import native
-from rapid3rt.testing.cases import (
-    DTYPES,
-    Case,
-    Heads,
-    cases_of,
-    packed_heads,
-    random_lists,
-)
+from rapid3rt.testing.attention import Heads, packed_heads, random_lists
+from rapid3rt.testing.cases import DTYPES, Case, cases_of
 
 # Of values around 1: the vector units round in another order, and weights to bfloat16.
 CLOSE = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}

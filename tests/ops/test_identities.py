@@ -7,16 +7,8 @@ import pytest
 import torch
 
 from rapid3rt import ops
-from rapid3rt.testing.cases import (
-    CASES,
-    TINY,
-    Case,
-    Heads,
-    clone_arguments,
-    packed_heads,
-    random_lists,
-    result_tensors,
-)
+from rapid3rt.testing.attention import Heads, packed_heads, random_lists
+from rapid3rt.testing.cases import CASES, TINY, Case, clone_arguments, result_tensors
 from rapid3rt.testing.numerics import assert_same_bits, poison_
 
 BLOCK, SCALE = 32, 0.125

@@ -3,31 +3,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-import torch.nn.functional as F
 from attention_calls import check_attention, widen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rapid3rt import ops
 from rapid3rt.ops import reference
-from rapid3rt.testing.cases import (
-    CASES,
-    DTYPES,
-    Case,
-    Heads,
-    cases_of,
-    clone_arguments,
-    packed_heads,
-    random_lists,
-    result_tensors,
-)
+from rapid3rt.testing.attention import Heads, packed_heads, random_lists
+from rapid3rt.testing.cases import CASES, DTYPES, Case, cases_of, clone_arguments, result_tensors
+from rapid3rt.testing.eager import eager
 from rapid3rt.testing.numerics import assert_close, assert_same_bits
-
-Arguments = tuple[Any, ...]
 
 BITWISE = (
     "gather_rows",
@@ -57,30 +44,13 @@ def test_native_has_the_bits_of_the_reference(case: Case, dtype: torch.dtype) ->
             assert_same_bits(f"{case!s} result {i}", a, b)
 
 
-def eager(case: Case, arguments: Arguments) -> torch.Tensor:
-    """What a user would write in PyTorch, every operation rounded to the dtype."""
-    if case.op == "cache_lookup_norm":
-        embedded, slots, slot, coef, scale, shift, eps = arguments
-        x = embedded
-        for order in range(slots.shape[1]):
-            x = x + coef[:, order, None, None].to(x.dtype) * slots[slot.long(), order]
-        return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale[:, None]) + shift[:, None]
-    x, scale, shift, weight, bias, eps, rms = arguments
-    if rms:
-        normed = F.rms_norm(x, x.shape[-1:], weight, eps)
-        normed = normed if bias is None else normed + bias
-    else:
-        normed = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    return normed * (1 + scale[:, None]) + shift[:, None]
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases_of("norm_modulate", "cache_lookup_norm"), ids=str)
 def test_native_norms_are_as_exact_as_pytorch(case: Case, dtype: torch.dtype) -> None:
     arguments = case.arguments(dtype)
     got = getattr(ops, case.op)(*arguments, backend="native")
     truth = getattr(reference, case.op)(*widen(arguments))
-    assert_close(str(case), got, eager(case, arguments), truth)
+    assert_close(str(case), got, eager(case, arguments)(), truth)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
