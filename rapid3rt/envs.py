@@ -10,7 +10,7 @@ import os
 
 VARIABLES = {
     "RAPID3RT_BACKEND": "Backend of every op that is called without backend=: native, flex or reference.",
-    "RAPID3RT_CPU_ISA": "Instruction set of CPU attention, scalar, avx2, avx512, avx512_bf16 or amx; default: best.",
+    "RAPID3RT_CPU_ISA": "Instruction set of the CPU kernels: scalar, avx2, avx512, avx512_bf16 or amx; default: best.",
 }
 
 

@@ -35,7 +35,8 @@ def allocate(bench: Bench, family: WarpFamily) -> tuple[WarpFamily, dict[str, fl
         return family, {}
     ends = ((1.0, 1.0), (float(bench.steps), float(bench.steps)))
     guidance, lifts = bench.tilts(family)
-    rows = tuple((u, o, e, _lift(u, lifts)) for u, o, e in table)
+    tilts = _lifts_at([u for u, _, _ in table], lifts)
+    rows = tuple((*row, tilt) for row, tilt in zip(table, tilts, strict=True))
     allocated = replace(family, allocation=Allocation(table=rows, dial=ends, guidance=guidance))
     dial, means = [], []
     for b in (b for b in _DIAL if b <= bench.steps):
@@ -53,12 +54,12 @@ def allocate(bench: Bench, family: WarpFamily) -> tuple[WarpFamily, dict[str, fl
     ), row
 
 
-def _lift(u: float, lifts: Sequence[tuple[float, float]]) -> float:
+def _lifts_at(us: Sequence[float], lifts: Sequence[tuple[float, float]]) -> list[float]:
     """Linear between the u that were measured, the nearest one's beyond them; 0 where there are none."""
     if not lifts:
-        return 0.0
+        return [0.0] * len(us)
     xs, ys = (torch.tensor(column) for column in zip(*lifts, strict=True))
-    return float(interpolate(torch.tensor([u]), xs, ys)[0])
+    return interpolate(torch.tensor(us), xs, ys).tolist()
 
 
 def fit(

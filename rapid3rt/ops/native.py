@@ -50,7 +50,7 @@ def info() -> dict[str, Any]:
     Returns
     -------
     available: bool. Where it is True: isas (tuple, instruction sets of this build that this machine has, ascending),
-    isa (the one whose attention kernel runs), openmp (bool). Else reason: why the module is missing.
+    isa (the one whose kernels run), openmp (bool). Else reason: why the module is missing.
     """
     if _cpu is None:
         return {"available": False, "reason": _missing}

@@ -156,7 +156,7 @@ class Trace:
             tick_ms=None if fields.get("tick_ms") is None else fields.numbers("tick_ms", 0.0),
             interrupted=fields.flag("interrupted"),
             # Traces from before other schedulers were served have none.
-            scheduler=fields.text("scheduler") if fields.data.get("scheduler") else None,
+            scheduler=None if fields.data.get("scheduler") is None else fields.text("scheduler"),
             package=fields.text("package"),
         )
         _check(trace, fields)

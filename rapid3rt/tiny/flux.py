@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,22 +100,19 @@ def train_flux(
             "transformer": make_transformer(recipe),
         }
     ).to(device)
+    teacher.to(device)
+    scenes = parts.training_scenes(recipe)
+    path = work / "flux.safetensors"
+    if not path.exists():
+        read = train_t5(recipe, model["text_encoder_2"], teacher, tokenizer, scenes, work)
+        start_from_teacher(model, read, teacher)
     average = parts.make_average(model, recipe)
     optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    checkpoint = parts.Checkpoint(
-        work / "flux.safetensors", {"model": model, "average": average}, optimiser
-    )
-    teacher.to(device)
+    checkpoint = parts.Checkpoint(path, {"model": model, "average": average}, optimiser)
     start = checkpoint.load()
-    if start == 0:
-        read = train_t5(recipe, model["text_encoder_2"], teacher, tokenizer, work, device)
-        start_from_teacher(model, read, teacher)
-        average = parts.make_average(model, recipe)
-        checkpoint.modules["average"] = average
     if compiled:
         model["transformer"].compile(dynamic=False)
         teacher.transformer.compile(dynamic=False)
-    scenes = parts.training_scenes(recipe)
     bar = tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, desc="flux")
     smooth = None
     for step in bar:
@@ -144,15 +142,15 @@ def train_t5(
     t5: nn.Module,
     teacher: Any,
     tokenizer: PreTrainedTokenizerFast,
+    scenes: Sequence[world.Scene],
     work: Path,
-    device: torch.device,
 ) -> nn.Linear:
     """Teach T5 the teacher's token embeddings, up to the linear map that is returned: 128 to 128, biased."""
+    device = next(t5.parameters()).device
     read = nn.Linear(128, 128).to(device)
     modules: dict[str, nn.Module] = {"t5": t5, "read": read}
     optimiser = torch.optim.AdamW([*t5.parameters(), *read.parameters()], weight_decay=0.01)
     checkpoint = parts.Checkpoint(work / "t5.safetensors", modules, optimiser)
-    scenes = parts.training_scenes(recipe)
     start = checkpoint.load()
     bar = tqdm(range(start, recipe.text_steps), initial=start, total=recipe.text_steps, desc="t5")
     for step in bar:

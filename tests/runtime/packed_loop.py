@@ -8,6 +8,7 @@ Nothing of the runtime is used here; prompts are as long as they are, without pa
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,7 +83,7 @@ class Scripted:
 
 
 @dataclass
-class Model:
+class Model(abc.ABC):
     """A plain transformer for one image.
 
     prompts: text `[1, T, D]` of each branch. module: where its processors find their attention function. text_first:
@@ -96,19 +97,19 @@ class Model:
     references: torch.Tensor
     residuals: dict[int, torch.Tensor] = field(default_factory=dict)
 
+    @abc.abstractmethod
     def arguments(self, branch: int, sigma: float) -> dict[str, Any]:
         """Of the forward, but for the tokens."""
-        raise NotImplementedError
 
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor: ...
 
-    def temb(self, tokens: torch.Tensor, sigma: float) -> torch.Tensor:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def temb(self, tokens: torch.Tensor, sigma: float) -> torch.Tensor: ...
 
+    @abc.abstractmethod
     def combine(self, velocities: list[torch.Tensor]) -> torch.Tensor:
         """Guidance."""
-        raise NotImplementedError
 
     def compute(self, branch: int, x: torch.Tensor, sigma: float, level: int) -> torch.Tensor:
         tokens, seen = torch.cat([x, self.references], dim=1), list[torch.Tensor]()
