@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -33,12 +35,23 @@ def pipe() -> Any:
 
 
 @pytest.mark.slow
-def test_calibration_finds_a_better_grid_and_resumes(pipe: Any, tmp_path: Path) -> None:
+def test_calibration_finds_a_better_grid_and_resumes(
+    pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The package's `search` is the function of that module.
+    searching = importlib.import_module("rapid3rt.calibrate.search")
+    monkeypatch.setattr(searching, "SEARCH_PROMPTS", 1)
     folder = rapid3rt.calibrate(pipe, PROMPTS, tmp_path / "policy", **SETTINGS)
     table = folder.provenance["mean_squared_error"]
     assert table["calibrated"]["6"] < table["plain"]["6"]
     assert folder.costs.measured
     assert folder.costs.reuse < 0.5 < folder.costs.levels[0]
+    measured = json.loads((tmp_path / "policy" / "measurements.json").read_text())
+    pairs = {key: len(value["errors"]) for key, value in measured.items() if " k=" in key}
+    searched = [number for key, number in pairs.items() if key.endswith("first=1")]
+    assert len(searched) >= SETTINGS["evaluations"]
+    assert set(searched) == {1}
+    assert {pairs[key] for key in pairs if not key.endswith("first=1")} == {2}
     calls = 0
     real = type(pipe).__call__
 

@@ -20,6 +20,8 @@ from rapid3rt.calibrate.allocate import allocate
 from rapid3rt.calibrate.measure import Bench, error_profile
 from rapid3rt.calibrate.search import FEWEST_TICKS, search
 from rapid3rt.calibrate.table import before_and_after, format_table, plot
+from rapid3rt.pipeline import accelerate, restore
+from rapid3rt.policies.base import check_count
 from rapid3rt.policies.folder import PolicyFolder
 
 __all__ = ["calibrate", "format_table"]
@@ -42,7 +44,8 @@ def calibrate(
     Parameters
     ----------
     pipe: a plain (not accelerated) pipeline of a supported family.
-    prompts: a dozen or more; each is paired with its own noise, drawn from `seed` and its position.
+    prompts: a dozen or more; each is paired with its own noise, drawn from `seed` and its position. The first 64 decide
+        the grid; a few hundred make the mean of the evaluations what `speed` asks for.
     out: folder of the policy; give the same folder again to go on after an interruption.
     num_inference_steps: steps of the pipeline that users will call. evaluations: warps to try.
     call: further arguments of the pipeline's call (guidance_scale, height, ...), the same for every measurement: give
@@ -57,12 +60,17 @@ def calibrate(
     ValueError: no prompts, fewer than 8 steps, or a folder that holds another calibration.
     UnsupportedError, StateError: as `accelerate`.
     """
-    if not prompts:
-        raise ValueError("prompts must hold at least one prompt, got none")
-    if num_inference_steps < FEWEST_TICKS:
+    if isinstance(prompts, str) or not prompts:
+        got = repr(prompts) if isinstance(prompts, str) else "none"
+        raise ValueError(f"prompts must be a list of at least one prompt, got {got}")
+    for name, value in (("evaluations", evaluations), ("batch_size", batch_size)):
+        check_count(name, value)
+    if check_count("num_inference_steps", num_inference_steps) < FEWEST_TICKS:
         raise ValueError(
             f"num_inference_steps must be at least {FEWEST_TICKS}, got {num_inference_steps}"
         )
+    # A pipeline that cannot be served is refused before a folder is made.
+    restore(accelerate(pipe, "dense"))
     bench = Bench(
         pipe,
         list(prompts),

@@ -16,7 +16,8 @@ from statistics import fmean, median
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from rapid3rt.pipeline import accelerate, model_id, report, restore
@@ -47,7 +48,7 @@ from rapid3rt.types import (
 REFERENCE_STEPS = 120
 COST_BATCH = 8
 _WALK_STEPS, _TILT_STEPS = 28, 10
-_VERSION = 2
+_VERSION = 3
 """Of what the measurements mean: those of another version are not gone on with."""
 
 
@@ -70,7 +71,9 @@ class Bench:
         self.model = model_id(pipe.transformer)
         out.mkdir(parents=True, exist_ok=True)
         settings = [_VERSION, self.model, prompts, steps, seed, sorted(map(str, call.items()))]
-        self.key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+        settings += [dict(pipe.scheduler.config), _fingerprint(pipe.transformer)]
+        text = json.dumps(settings, sort_keys=True, default=str)
+        self.key = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.path = out / "measurements.json"
         self.values: dict[str, Any] = self._load()
         self._reference: torch.Tensor | None = None
@@ -80,11 +83,16 @@ class Bench:
     def _load(self) -> dict[str, Any]:
         if not self.path.exists():
             return {"calibration": self.key}
-        values: dict[str, Any] = json.loads(self.path.read_text())
-        if values.get("calibration") != self.key:
+        try:
+            values = json.loads(self.path.read_text())
+        except ValueError as error:
+            raise ValueError(
+                f"{self.path} must be the measurements of a calibration, got {error}; remove it to measure again"
+            ) from None
+        if not isinstance(values, dict) or values.get("calibration") != self.key:
             raise ValueError(
                 f"out must be a new folder or one of the same calibration, got {str(self.out)!r}, whose measurements "
-                "were made with other prompts, steps or arguments"
+                "were made with another model, other weights, scheduler, prompts, steps or arguments"
             )
         return values
 
@@ -124,17 +132,19 @@ class Bench:
             self.pipe.set_progress_bar_config(**bars)
 
     def images(
-        self, steps: int, description: str | None = None, **call: Any
+        self, steps: int, description: str | None = None, first: int | None = None, **call: Any
     ) -> tuple[torch.Tensor, list[int]]:
         """Decoded images of all pairs in -1..1, float32 `[n, 3, H, W]`, and the evaluations that each one took.
 
-        Under whatever policy drives the pipeline now. call: arguments in place of the calibration's own.
+        Under whatever policy drives the pipeline now. first: only so many pairs. call: arguments in place of the
+        calibration's own.
         """
-        starts = range(0, len(self.prompts), self.batch_size)
+        wanted = self.prompts[:first]
+        starts = range(0, len(wanted), self.batch_size)
         chunks: list[torch.Tensor] = []
         spent: list[int] = []
         for start in tqdm(starts, desc=description, disable=not (self.progress and description)):
-            prompts = self.prompts[start : start + self.batch_size]
+            prompts = wanted[start : start + self.batch_size]
             noises = list(range(start, start + len(prompts)))
             chunks.append(
                 self._call(prompts, noises, steps, output_type="pt", **call).float().cpu() * 2 - 1
@@ -146,37 +156,46 @@ class Bench:
         """The converged solutions, made once and kept beside the measurements."""
         path = self.out / "references.safetensors"
         if self._reference is None and path.exists():
-            stored = load_file(path)
-            if stored["images"].shape[0] == len(self.prompts):
-                self._reference = stored["images"]
+            with safe_open(path, "pt") as stored:
+                if (stored.metadata() or {}).get("calibration") == self.key:
+                    self._reference = stored.get_tensor("images")
         if self._reference is None:
             with _accelerated(self.pipe, Steps(REFERENCE_STEPS, trim=True, order=AUTO)):
                 self._reference, _ = self.images(REFERENCE_STEPS, "converged solutions")
-            save_file({"images": self._reference.contiguous()}, path)
+            images = {"images": self._reference.contiguous()}
+            save_file(images, path, metadata={"calibration": self.key})
         return self._reference
 
-    def errors(self, policy: Policy, k: int, key: str) -> torch.Tensor:
-        """Squared error of every image to its converged solution, under a policy of k evaluations: float64 `[n]`."""
-        return torch.tensor(self._run(policy, k, key)["errors"], dtype=torch.float64)
+    def errors(self, policy: Policy, k: int, key: str, *, first: int | None = None) -> torch.Tensor:
+        """Squared error of every image to its converged solution, under a policy of k evaluations: float64 `[n]`.
+
+        first: of only so many pairs.
+        """
+        return torch.tensor(self._run(policy, k, key, first)["errors"], dtype=torch.float64)
 
     def evaluations(self, policy: Policy, k: int, key: str) -> float:
         """The mean number that the run behind `errors` of the same arguments took."""
         return float(self._run(policy, k, key)["evaluations"])
 
-    def _run(self, policy: Policy, k: int, key: str) -> Mapping[str, Any]:
+    def _run(self, policy: Policy, k: int, key: str, first: int | None = None) -> Mapping[str, Any]:
+        first = None if first is None or first >= len(self.prompts) else first
+
         def measure() -> dict[str, Any]:
-            reference = self.reference()
+            reference = self.reference()[:first]
             with _accelerated(self.pipe, policy):
-                images, spent = self.images(max(self.steps, k))
+                images, spent = self.images(max(self.steps, k), first=first)
             errors = (images - reference).square().mean((1, 2, 3))
             return {"errors": errors.tolist(), "evaluations": sum(spent) / len(spent)}
 
-        run: Mapping[str, Any] = self.remember(f"{key} k={k}", measure)
+        of = f" first={first}" if first else ""
+        run: Mapping[str, Any] = self.remember(f"{key} k={k}{of}", measure)
         return run
 
-    def family_errors(self, family: WarpFamily, k: int) -> torch.Tensor:
+    def family_errors(
+        self, family: WarpFamily, k: int, *, first: int | None = None
+    ) -> torch.Tensor:
         """`errors` of a family, every image at k."""
-        return self.errors(ScheduleFamily(family, budget=k), k, _key(family))
+        return self.errors(ScheduleFamily(family, budget=k), k, _key(family), first=first)
 
     def walk(self, family: WarpFamily) -> list[Stop]:
         """Where the images of a family's long walk stop, u falling."""
@@ -264,6 +283,15 @@ class Bench:
             "reuse": relative[-1],
             "measured": True,
         }
+
+
+def _fingerprint(model: torch.nn.Module) -> str:
+    """Tells the weights of one model from those of another of the same configuration: a few numbers of each tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        few = tensor.detach().flatten()[:4].double().tolist()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {few}".encode())
+    return digest.hexdigest()
 
 
 @contextmanager
