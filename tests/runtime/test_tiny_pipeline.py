@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rules on the bundled pipeline, as a user meets them: real weights and real prompts."""
+"""The rules on the bundled pipelines, as a user meets them: real weights and real prompts."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from rapid3rt.tiny.scenes import sample
 PROMPTS = [s.caption for s in sample(3, 21)]
 
 
-@pytest.fixture(scope="module")
-def pipe() -> Any:
-    pipe = rapid3rt.load_tiny("sd3")
+@pytest.fixture(scope="module", params=["sd3", "flux"])
+def pipe(request: pytest.FixtureRequest) -> Any:
+    pipe = rapid3rt.load_tiny(request.param)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -51,6 +51,8 @@ def test_dense_is_the_plain_pipeline_bit_for_bit(pipe: Any, guidance: float) -> 
 def test_dense_keeps_skip_layer_guidance_and_a_policy_that_leaves_the_grid_is_refused(
     pipe: Any,
 ) -> None:
+    if not hasattr(pipe, "do_classifier_free_guidance"):
+        pytest.skip("FLUX has no skip-layer guidance")
     window = {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 0.9}
     plain = call(pipe, 4, **window)
     assert not torch.equal(plain, call(pipe, 4))
@@ -137,7 +139,8 @@ def test_sparse_levels_change_the_image_a_little_and_are_reported(
     plain = call(pipe, 3)
     sigmas = [float(s) for s in pipe.scheduler.sigmas[:-1]]
     ticks = tuple(ScheduleTick(sigma=s, level=1 if i else 0) for i, s in enumerate(sigmas))
-    save_schedule(FixedPlan(family="sd3", ticks=ticks), tmp_path / "sparse.json")
+    family = "flux" if "Flux" in type(pipe).__name__ else "sd3"
+    save_schedule(FixedPlan(family=family, ticks=ticks), tmp_path / "sparse.json")
     rapid3rt.accelerate(pipe, f"schedule:{tmp_path / 'sparse.json'}")
     sparse = call(pipe, 3)
     assert not torch.equal(plain, sparse)

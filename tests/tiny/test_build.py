@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
+import rapid3rt
+from rapid3rt.policies.fixed import Dense
 from rapid3rt.tiny import flux, load_tiny, parts, sd3
 from rapid3rt.tiny.scenes import sample
+from rapid3rt.types import Run
 
 SHORT = {"vae_steps": 2, "decoder_steps": 2, "vae_batch": 2, "num_latents": 100, "batch": 2}
 SMALL = sd3.SD3Recipe(**SHORT, steps=2, layers=1, heads=1)
@@ -104,15 +107,28 @@ def test_the_teacher_is_asked_what_its_pipeline_computes() -> None:
     assert torch.allclose(ours, guided, atol=1e-4)
 
 
-def test_the_bundled_pipeline_is_a_genuine_one_that_every_kernel_serves() -> None:
-    from diffusers import StableDiffusion3Pipeline
-
-    pipe = load_tiny("sd3")
-    assert type(pipe) is StableDiffusion3Pipeline
-    config = pipe.transformer.config
-    assert config.attention_head_dim == 64
-    assert (config.sample_size // config.patch_size) ** 2 >= 256
+@pytest.mark.parametrize("model", ["sd3", "flux"])
+def test_a_bundled_pipeline_is_a_genuine_one_that_every_kernel_serves(model: str) -> None:
+    pipe = load_tiny(model)
+    assert type(pipe) is {"sd3": StableDiffusion3Pipeline, "flux": FluxPipeline}[model]
+    assert pipe.transformer.config.attention_head_dim == 64
     assert pipe.transformer.dtype == torch.float32
+    sizes = []
+    rapid3rt.accelerate(pipe, Sized(sizes))
+    pipe("a red circle top", num_inference_steps=1, output_type="latent", max_sequence_length=32)
+    assert sizes[0][0] * sizes[0][1] >= 256
+
+
+class Sized(Dense):
+    """Notes the image tokens of a run."""
+
+    def __init__(self, sizes: list[tuple[int, int]]) -> None:
+        super().__init__()
+        self.sizes = sizes
+
+    def begin(self, run: Run) -> None:
+        self.sizes.append(run.resolution)
+        super().begin(run)
 
 
 def test_an_unknown_tiny_pipeline_lists_the_known_ones() -> None:
