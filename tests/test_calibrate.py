@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import rapid3rt
 from rapid3rt.calibrate.allocate import fit
-from rapid3rt.calibrate.measure import Stop
+from rapid3rt.calibrate.measure import Bench, Stop
+from rapid3rt.errors import StateError, UnsupportedError
 from rapid3rt.policies.folder import PolicyFolder
 from rapid3rt.tiny.scenes import sample
 
@@ -81,6 +83,72 @@ def test_calibration_finds_a_better_grid_and_resumes(
         rapid3rt.calibrate(pipe, PROMPTS[:1], tmp_path / "policy", **SETTINGS)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"prompts": []}, "prompts must be a list of at least one prompt, got none"),
+        ({"prompts": "ab"}, "prompts must be a list of at least one prompt, got 'ab'"),
+        ({"evaluations": 0}, "evaluations must be an integer of at least 1, got 0"),
+        ({"batch_size": -1}, "batch_size must be an integer of at least 1, got -1"),
+        ({"num_inference_steps": 8.0}, "num_inference_steps must be an integer .*, got 8.0"),
+        ({"num_inference_steps": 7}, "num_inference_steps must be at least 8, got 7"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_made(
+    pipe: Any, tmp_path: Path, wrong: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        rapid3rt.calibrate(
+            pipe, **{"prompts": PROMPTS, "out": tmp_path / "new", **SETTINGS, **wrong}
+        )
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_cannot_be_accelerated_cannot_be_calibrated(pipe: Any, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="transformer must be of a supported family"):
+        rapid3rt.calibrate(None, PROMPTS, tmp_path / "new", **SETTINGS)
+    rapid3rt.accelerate(pipe, "dense")
+    try:
+        with pytest.raises(StateError):
+            rapid3rt.calibrate(pipe, PROMPTS, tmp_path / "new", **SETTINGS)
+    finally:
+        rapid3rt.restore(pipe)
+    assert not (tmp_path / "new").exists()
+
+
+def test_measurements_belong_to_weights_scheduler_and_prompts(tmp_path: Path) -> None:
+    def bench(prompts: list[str] = PROMPTS) -> Bench:
+        return Bench(pipe, prompts, tmp_path, 8, 0, 8, dict(SETTINGS["call"]), False)
+
+    pipe = rapid3rt.load_tiny("sd3")
+    first = bench()
+    first.remember("a number", lambda: 5)
+    assert bench().remember("a number", lambda: 6) == 5
+    images = torch.ones(2, 3, 4, 4)
+    save_file({"images": images}, tmp_path / "references.safetensors", {"calibration": first.key})
+    assert torch.equal(bench().reference(), images)
+    own = pipe.scheduler
+    pipe.scheduler = type(own).from_config(own.config, shift=1.0)
+    with pytest.raises(ValueError, match="out must be a new folder or one of the same calibration"):
+        bench()
+    pipe.scheduler = own
+    with torch.no_grad():
+        pipe.transformer.proj_out.bias += 0.1
+    with pytest.raises(ValueError, match="made with another model, other weights, scheduler"):
+        bench()
+    (tmp_path / "measurements.json").unlink()
+    other = bench()
+    other.images = lambda *_arguments, **_options: (torch.zeros(2, 3, 4, 4), [])  # type: ignore[method-assign]
+    assert not other.reference().any()  # those of the other weights were not taken
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff"])
+def test_damaged_measurements_are_named(pipe: Any, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "measurements.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"measurements\.json must be|out must be a new folder"):
+        rapid3rt.calibrate(pipe, PROMPTS, tmp_path, **SETTINGS)
+
+
 def _stops(signal: torch.Tensor) -> list[Stop]:
     return [Stop(u, [], (signal + 3 * (1 - u)).tolist()) for u in (1.0, 0.75, 0.5)]
 
@@ -102,11 +170,3 @@ def test_an_allocation_is_fitted_where_detail_tells_hard_images_and_only_there()
     alike = {k: torch.full((48,), float(k) ** -2) for k in (4, 6, 10, 14)}
     assert fit(_stops(hardness), alike) is None
     assert fit(_stops(hardness[:3]), {k: e[:3] for k, e in errors.items()}) is None
-
-
-def test_calibration_refuses_no_prompts_and_too_few_steps(pipe: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="prompts must hold"):
-        rapid3rt.calibrate(pipe, [], tmp_path)
-    with pytest.raises(ValueError, match="num_inference_steps must be at least 8"):
-        rapid3rt.calibrate(pipe, PROMPTS, tmp_path, num_inference_steps=4)
-    assert rapid3rt.check(pipe).supported
