@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,9 @@ from rapid3rt.adapters import ADAPTERS, Adapter
 from rapid3rt.errors import StateError, UnsupportedError
 from rapid3rt.policies import is_rule, parse
 from rapid3rt.policies.base import check_number, evaluations_at
-from rapid3rt.policies.budget import with_budget, with_speed
+from rapid3rt.policies.budget import BudgetedDense, with_budget, with_speed
 from rapid3rt.policies.controller import Controller
-from rapid3rt.policies.fixed import Dense, Steps
+from rapid3rt.policies.fixed import Dense
 from rapid3rt.policies.folder import PolicyFolder
 from rapid3rt.policies.schedule import ScheduleFamily
 from rapid3rt.runtime.executor import Executor
@@ -40,7 +41,7 @@ _SWAPPED = ("transformer", "scheduler", "controlnet")
 
 def accelerate(
     pipe: Any,
-    policy: str | Policy = "auto",
+    policy: str | os.PathLike[str] | Policy = "auto",
     *,
     budget: int | None = None,
     speed: float | None = None,
@@ -146,7 +147,9 @@ class _Source:
     notes: tuple[str, ...] = ()
 
 
-def _resolve(policy: str | Policy, model: str, family: str) -> _Source:
+def _resolve(policy: str | os.PathLike[str] | Policy, model: str, family: str) -> _Source:
+    if isinstance(policy, os.PathLike):
+        policy = str(Path(policy).absolute())
     if not isinstance(policy, str):
         if isinstance(policy, type) or not isinstance(policy, Policy):
             got = (
@@ -208,27 +211,35 @@ def _automatic(model: str) -> _Source:
 
 
 def _choose(source: _Source, budget: int | None, speed: float | None, ticks: int) -> Choice:
-    """The policy of one run of so many ticks."""
+    """The policy of one run. ticks: of the call's whole grid; a strength may leave fewer to the run."""
     if budget is not None and budget > ticks:
         raise ValueError(f"budget must be 1 to {ticks} (the steps of this call), got {budget}")
-    notes = source.notes
-    cap = budget
     policy = _limit(source.policy, budget, speed, ticks)
-    if speed is not None and speed > 1:
-        if isinstance(policy, ScheduleFamily) and policy.allocates:
-            notes += (
-                f"speed={speed:g} is a mean of {ticks / speed:.3g} evaluations, more for images that show more detail; "
-                "a budget gives every image the same",
-            )
-        else:
-            cap = evaluations_at(ticks, speed)
-            notes += (
-                f"speed={speed:g} became budget={cap} of {ticks} steps: this policy has no calibration table",
-            )
+    allocates = isinstance(policy, ScheduleFamily) and policy.allocates
     # A policy of the user's own does not plan for a cap: when it is spent, the session lets the image reuse.
-    capped = policy is source.policy and cap is not None
-    reuses = capped or getattr(policy, "reuses", True)
-    return Choice(policy=policy, name=source.name, budget=cap, reuses=reuses, notes=notes)
+    is_capped = budget is not None or (speed is not None and speed > 1)
+    reuses = (policy is source.policy and is_capped) or getattr(policy, "reuses", True)
+    limit = partial(_cap, source.notes, budget, speed, allocates)
+    return Choice(policy=policy, name=source.name, reuses=reuses, limit=limit)
+
+
+def _cap(
+    notes: tuple[str, ...], budget: int | None, speed: float | None, allocates: bool, ticks: int
+) -> tuple[int | None, tuple[str, ...]]:
+    """The hard cap of a run of so many ticks, and the notes of its report."""
+    if budget is not None and budget > ticks:
+        return ticks, (*notes, f"budget={budget} is more than the {ticks} steps that are left here")
+    if speed is None or speed == 1:
+        return budget, notes
+    if allocates:
+        note = (
+            f"speed={speed:g} is a mean of {ticks / speed:.3g} evaluations, more for images that show more detail; "
+            "a budget gives every image the same"
+        )
+        return None, (*notes, note)
+    cap = evaluations_at(ticks, speed)
+    note = f"speed={speed:g} became budget={cap} of {ticks} steps: this policy has no calibration table"
+    return cap, (*notes, note)
 
 
 def _limit(
@@ -238,9 +249,7 @@ def _limit(
     if policy is None:
         if ticks is None or speed == 1 or budget == ticks:
             return Dense()
-        k = evaluations_at(ticks, speed) if speed is not None else budget
-        assert k is not None  # `accelerate` fills in a speed where neither was given
-        return Steps(k, trim=True, order=AUTO)
+        return BudgetedDense(budget, speed=speed, order=AUTO)
     if budget is not None:
         return (
             policy if isinstance(policy, Dense) and budget == ticks else with_budget(policy, budget)
@@ -292,22 +301,25 @@ def _folder(policy: str) -> Path | None:
     """A local folder, or a snapshot of a hub id `org/name`; None for rule names, which win over a folder."""
     if is_rule(policy) or not policy:
         return None
-    if Path(policy).is_dir():
-        return Path(policy)
-    if policy.startswith((".", "/", "~")):
+    path = Path(policy).expanduser()
+    if path.is_dir():
+        return path
+    is_path = policy.startswith((".", "/", "~")) or policy.count("/") > 1 or path.exists()
+    if is_path:
+        found = "a file" if path.exists() else "not there"
         raise ValueError(
-            f"policy must be a rule or a folder that exists, got {policy!r}, which is not there"
+            f"policy must be a rule or a folder that exists, got {policy!r}, which is {found}"
         )
-    if policy.count("/") == 1:
-        from huggingface_hub import snapshot_download
+    if "/" not in policy:
+        return None
+    from huggingface_hub import snapshot_download
 
-        try:
-            return Path(snapshot_download(policy, allow_patterns=["*.json", "*.safetensors"]))
-        except Exception as error:
-            raise ValueError(
-                f"policy {policy!r} is neither a folder here nor on the hub ({error})"
-            ) from error
-    return None
+    try:
+        return Path(snapshot_download(policy, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:
+        raise ValueError(
+            f"policy {policy!r} is neither a folder here nor on the hub ({error})"
+        ) from error
 
 
 def bundled_policy(model: str) -> Path | None:

@@ -62,7 +62,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenoiseState:
-    """Where every image stands at the beginning of a tick.
+    """Where every image stands at the beginning of a tick. To be read only: the tensors are the session's own.
 
     sigma, drift, equivalent_steps: float32 `[B]`. nfe, since_compute: int32 `[B]`. done, has_reference: bool `[B]`.
     latents, reference: `[B, C, h, w]` in the latents' dtype; reference is the latent at the last compute (undefined

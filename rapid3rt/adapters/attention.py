@@ -83,6 +83,9 @@ def block_sparse(
 
     kv_len: int32 `[R]`, keys beyond it are not seen; None: all are.
     """
+    device = q.device.type
+    if torch.is_autocast_enabled(device):  # as the model's own attention does
+        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     block, num_tokens = rows.block, q.shape[2]
     # A block that touches text is a text block, so the seam counts against the image.
     image_blocks = -(-num_tokens // block)

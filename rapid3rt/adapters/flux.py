@@ -179,7 +179,7 @@ class SparseFluxProcessor(SparseProcessor):
         if image_rotary_emb is not None:
             q, k = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (q, k))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = attend(q, k, v, self.rows, 0, self._num_text, dense_attention)
+        out = attend(q, k, v, self.rows, 0, self._num_text, partial(dense_attention, self.stock))
         out = out.transpose(1, 2).flatten(2).to(q.dtype)
         if encoder_hidden_states is None:
             return out
@@ -188,9 +188,10 @@ class SparseFluxProcessor(SparseProcessor):
         return image, attn.to_add_out(text.contiguous())
 
 
-def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """The model's own attention, which takes `[R, N, H, K]`."""
-    out: torch.Tensor = dispatch_attention_fn(*(x.transpose(1, 2) for x in (q, k, v)))
+def dense_attention(stock: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The attention of a stock processor, on the backend that its user chose; that takes `[R, N, H, K]`."""
+    own = {"backend": stock._attention_backend, "parallel_config": stock._parallel_config}
+    out: torch.Tensor = dispatch_attention_fn(*(x.transpose(1, 2) for x in (q, k, v)), **own)
     return out.transpose(1, 2)
 
 
@@ -206,10 +207,14 @@ def noise_grid(img_ids: torch.Tensor) -> tuple[int, int]:
     """
     image, row, column, *_ = plane(img_ids).float().T.tolist()
     noise = [i for i, index in enumerate(image) if index == 0]
-    rows, columns = (len({axis[i] for i in noise}) for axis in (row, column))
-    if noise != list(range(len(noise))) or rows * columns != len(noise):
+    # Where the first row ends is exact in any dtype; far from 0 half-precision positions fall together.
+    columns = next((i for i in noise if row[i] != row[0]), max(len(noise), 1))
+    is_grid = noise == list(range(len(noise))) and len(noise) % columns == 0
+    if not is_grid or any(
+        row[i] != row[i - i % columns] or column[i] != column[i % columns] for i in noise
+    ):
         raise UnsupportedError(
-            "img_ids must list the noise tokens first and as a full grid, "
-            f"got {len(noise)} tokens in {rows} rows and {columns} columns"
+            f"img_ids must list the noise tokens first and as a full grid, got {len(noise)} tokens, "
+            f"{columns} of them in the first row"
         )
-    return rows, columns
+    return len(noise) // columns, columns

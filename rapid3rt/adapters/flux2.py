@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -171,7 +172,7 @@ class _SparseParallelProcessor(SparseProcessor):
             for x in (attn.norm_q(q), attn.norm_k(k))
         )
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = attend(q, k, v, self.rows, 0, self._num_text, dense_attention)
+        out = attend(q, k, v, self.rows, 0, self._num_text, partial(dense_attention, self.stock))
         out = out.transpose(1, 2).flatten(2).to(q.dtype)
         joined: torch.Tensor = attn.to_out(torch.cat((out, attn.mlp_act_fn(mlp)), dim=-1))
         return joined

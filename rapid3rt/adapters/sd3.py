@@ -83,9 +83,9 @@ class SD3Adapter:
     def observe(
         self, transformer: Any, kwargs: Mapping[str, Any], images: int, resolution: tuple[int, int]
     ) -> torch.Tensor:
-        """The last branch's latents; all branches hold the same."""
+        """The last branch's latents; all branches hold the same. Mask and image of an inpainting model lie behind."""
         hidden: torch.Tensor = kwargs["hidden_states"]
-        return hidden[-images:]
+        return hidden[-images:, : transformer.out_channels]
 
     def as_grid(self, velocity: torch.Tensor, resolution: tuple[int, int]) -> torch.Tensor:
         """SD3's velocity is a grid already."""

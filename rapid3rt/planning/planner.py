@@ -95,7 +95,10 @@ BAD_SIGMA, BAD_ORDER, BAD_POINT = 1, 2, 3
 _BAD = {
     BAD_SIGMA: ("next_sigma", "a number, got nan"),
     BAD_ORDER: ("order", "0 (auto), 1 (Euler) or 2 (Adams-Bashforth), got another"),
-    BAD_POINT: ("next_sigma", "the next on the scheduler's own list, at order 1, got another"),
+    BAD_POINT: (
+        "next_sigma",
+        "the next of the run's own grid (where the scheduler steps: at order 1), got another",
+    ),
 }
 
 

@@ -185,6 +185,10 @@ def _check(trace: Trace, fields: Fields) -> None:
         fields.fail("costs.levels", "hold at least the dense cost", [])
     if trace.tick_ms is not None and len(trace.tick_ms) > trace.ticks:
         fields.fail("tick_ms", f"have at most {trace.ticks} entries", len(trace.tick_ms))
+    for i, ticks in enumerate(trace.images):
+        if ticks and ticks[0].sigma != trace.sigmas[0]:
+            start = f"start at sigma {trace.sigmas[0]:g}"
+            fields.fail(f"images[{i}].ticks", start, ticks[0].sigma)
     if trace.interrupted:
         return
     for i, ticks in enumerate(trace.images):
@@ -196,8 +200,7 @@ def _check(trace: Trace, fields: Fields) -> None:
 
 def _check_grid(trace: Trace, fields: Fields) -> None:
     steps = list(itertools.pairwise(trace.sigmas))
-    if trace.scheduler is None:
-        if not steps or trace.sigmas[-1] != 0 or not all(a > b for a, b in steps):
-            fields.fail("sigmas", "fall strictly and end at 0", list(trace.sigmas))
-    elif not steps or not all(a >= b for a, b in steps):
+    if not steps or not all(a >= b for a, b in steps):
         fields.fail("sigmas", "never rise", list(trace.sigmas))
+    if trace.scheduler is None and trace.sigmas[-1] != 0:
+        fields.fail("sigmas", "end at 0", list(trace.sigmas))

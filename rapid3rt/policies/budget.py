@@ -15,19 +15,21 @@ from rapid3rt.policies.fixed import Dense, Steps
 from rapid3rt.policies.replay import Replay
 from rapid3rt.policies.schedule import FixedSchedule, ScheduleFamily
 from rapid3rt.policies.threshold import Threshold
-from rapid3rt.types import ComputeDecision, DenoiseState, Policy, Run, StepDecision
+from rapid3rt.types import EULER, ComputeDecision, DenoiseState, Policy, Run, StepDecision
 
 
 class BudgetedDense:
-    """`dense` under a budget of k: walks `steps:k/trim`; at k = ticks it is `dense` itself.
+    """`dense` under a budget of k: walks `steps:k/trim` at an order; at k = ticks it is `dense` itself.
 
     `leaves_grid` is exact after `begin`; before it, it answers for a budget below the ticks.
     """
 
     reuses = False
 
-    def __init__(self, budget: int | None = None, *, speed: float | None = None) -> None:
-        self.name, self.budget, self.speed = "dense", budget, speed
+    def __init__(
+        self, budget: int | None = None, *, speed: float | None = None, order: int = EULER
+    ) -> None:
+        self.name, self.budget, self.speed, self.order = "dense", budget, speed, order
         self._inner: Dense | Steps | None = None
 
     @property
@@ -37,7 +39,7 @@ class BudgetedDense:
 
     def begin(self, run: Run) -> None:
         k = planned_evaluations(run, self.budget, self.speed)
-        self._inner = Dense() if k == run.ticks else Steps(k, trim=True)
+        self._inner = Dense() if k == run.ticks else Steps(k, trim=True, order=self.order)
         self._inner.begin(run)
 
     def decide_compute(self, state: DenoiseState) -> ComputeDecision:

@@ -62,6 +62,9 @@ class PolicyFolder:
         levels = fields.numbers("levels", 0.0)
         if not levels:
             fields.fail("levels", "hold at least the dense cost", [])
+        if not (folder / _SCHEDULE).is_file():
+            msg = f"policy folder {str(folder)!r} must hold a {_SCHEDULE}, got none"
+            raise ValueError(msg)
         schedule = load_schedule(folder / _SCHEDULE)
         if not isinstance(schedule, WarpFamily):
             msg = f"{folder / _SCHEDULE}: kind must be 'family' in a policy folder, got 'fixed'"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from pathlib import Path
 
 from rapid3rt.planning.trace import Trace
 from rapid3rt.policies.controller import Controller
@@ -37,7 +38,8 @@ def parse(name: str) -> Policy:
     """
     kind, colon, argument = name.partition(":")
     if kind not in _MAKERS:
-        msg = f"policy must be one of {', '.join(known_names(kind))}, got '{name}'"
+        known = ", ".join(known_names(kind))
+        msg = f"policy must be one of {known}, or a policy folder that is here, got '{name}'"
         raise ValueError(msg)
     if bool(argument) != (":" in GRAMMAR[kind]) or (colon and not argument):
         raise _malformed(kind, name)
@@ -46,7 +48,11 @@ def parse(name: str) -> Policy:
 
 def is_rule(name: str) -> bool:
     """Whether a name is of a rule that `parse` knows or should complain about, and not of a folder or hub id."""
-    return ":" in name or name in GRAMMAR
+    kind, colon, _ = name.partition(":")
+    if kind in GRAMMAR:
+        return True
+    is_path = "/" in kind or kind.startswith((".", "~")) or Path(name).is_dir()
+    return bool(colon) and not is_path
 
 
 def known_names(near: str = "") -> list[str]:

@@ -14,42 +14,42 @@ import torch
 from rapid3rt.types import ComputeDecision, StepDecision
 
 
-def check_compute(decision: Any, images: int, policy: str) -> ComputeDecision:
-    """Return the answer of `decide_compute`. Raises ValueError for another type, shape or dtype."""
+def check_compute(decision: Any, images: int, policy: str, device: torch.device) -> ComputeDecision:
+    """Return the answer of `decide_compute`. Raises ValueError for another type, shape, device or dtype."""
     if not isinstance(decision, ComputeDecision):
         raise ValueError(
             f"decide_compute of policy {policy!r} must return a ComputeDecision, got {type(decision).__name__}"
         )
     for name in ("action", "sparsity"):
-        _check_integers(name, getattr(decision, name), images, policy)
+        _check_integers(name, getattr(decision, name), images, policy, device)
     return decision
 
 
-def check_step(decision: Any, images: int, policy: str) -> StepDecision:
-    """Return the answer of `decide_step`. Raises ValueError for another type, shape or dtype."""
+def check_step(decision: Any, images: int, policy: str, device: torch.device) -> StepDecision:
+    """Return the answer of `decide_step`. Raises ValueError for another type, shape, device or dtype."""
     if not isinstance(decision, StepDecision):
         raise ValueError(
             f"decide_step of policy {policy!r} must return a StepDecision, got {type(decision).__name__}"
         )
-    _check_shape("next_sigma", decision.next_sigma, images, policy)
+    _check_shape("next_sigma", decision.next_sigma, images, policy, device)
     if not decision.next_sigma.dtype.is_floating_point:
         raise ValueError(
             f"next_sigma of policy {policy!r} must be of a float dtype, got {decision.next_sigma.dtype}"
         )
     if decision.order is not None:
-        _check_integers("order", decision.order, images, policy)
+        _check_integers("order", decision.order, images, policy, device)
     return decision
 
 
-def _check_integers(name: str, value: Any, images: int, policy: str) -> None:
-    _check_shape(name, value, images, policy)
+def _check_integers(name: str, value: Any, images: int, policy: str, device: torch.device) -> None:
+    _check_shape(name, value, images, policy, device)
     if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
         raise ValueError(
             f"{name} of policy {policy!r} must be of an integer dtype, got {value.dtype}"
         )
 
 
-def _check_shape(name: str, value: Any, images: int, policy: str) -> None:
+def _check_shape(name: str, value: Any, images: int, policy: str, device: torch.device) -> None:
     if not isinstance(value, torch.Tensor):
         raise ValueError(
             f"{name} of policy {policy!r} must be a tensor, got {type(value).__name__}"
@@ -57,4 +57,8 @@ def _check_shape(name: str, value: Any, images: int, policy: str) -> None:
     if tuple(value.shape) != (images,):
         raise ValueError(
             f"{name} of policy {policy!r} must have shape ({images},), got {tuple(value.shape)}"
+        )
+    if value.device != device:
+        raise ValueError(
+            f"{name} of policy {policy!r} must be on {device}, as the state is, got {value.device}"
         )

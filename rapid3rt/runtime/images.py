@@ -3,7 +3,7 @@
 
 All state is on the device and is only ever moved by whole-batch tensor operations; the host never looks.
 Grid points are indices into the scheduler's own sigmas and timesteps, so that dense runs are the plain ones bit for
-bit; an image off the grid has index -1 and timestep sigma * 1000.
+bit; an image off the grid has index -1 and timestep sigma * time_scale.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from rapid3rt.types import (
     StepDecision,
 )
 
-NUM_TRAIN_TIMESTEPS = 1000
-
 
 @dataclass(slots=True)
 class Images:
@@ -33,11 +31,13 @@ class Images:
 
     bad: int32 `[B]`, what was wrong with the last step decision, 0 for nothing; the next plan reads it.
     sigmas: float32 `[n + 1]`, timesteps: float32 `[n]`, the scheduler's. index: int64 `[B]` into them, -1 off grid.
+    time_scale: the scheduler's number of training timesteps.
     solver: the past that a step of order 2 needs.
     """
 
     sigmas: torch.Tensor
     timesteps: torch.Tensor
+    time_scale: float
     sigma: torch.Tensor
     index: torch.Tensor
     step: torch.Tensor
@@ -51,7 +51,12 @@ class Images:
 
     @classmethod
     def start(
-        cls, sigmas: torch.Tensor, timesteps: torch.Tensor, latents: torch.Tensor, begin: int
+        cls,
+        sigmas: torch.Tensor,
+        timesteps: torch.Tensor,
+        time_scale: float,
+        latents: torch.Tensor,
+        begin: int,
     ) -> Images:
         """All images at grid index `begin`. latents: `[B, C, h, w]`, for shape, dtype and device."""
         num, device = len(latents), latents.device
@@ -69,6 +74,7 @@ class Images:
         return cls(
             sigmas=sigmas,
             timesteps=timesteps,
+            time_scale=time_scale,
             sigma=sigmas[begin].expand(num).clone(),
             index=torch.full((num,), begin, dtype=torch.int64, device=device),
             step=integers(),
@@ -84,7 +90,7 @@ class Images:
     def timestep(self) -> torch.Tensor:
         """The model's time of each image: float32 `[B]`."""
         on_grid = self.timesteps[self.index.clamp(0, len(self.timesteps) - 1)]
-        return torch.where(self.index >= 0, on_grid, self.sigma * NUM_TRAIN_TIMESTEPS)
+        return torch.where(self.index >= 0, on_grid, self.sigma * self.time_scale)
 
     def view(
         self, tick: int, latents: torch.Tensor, drift: torch.Tensor, conditioning: torch.Tensor
@@ -123,6 +129,7 @@ class Images:
         velocity: torch.Tensor,
         computes: torch.Tensor,
         last: bool,
+        stay: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Move every image to its own next sigma.
 
@@ -130,7 +137,8 @@ class Images:
         ----------
         decision: the policy's answer for all B images.
         sample, velocity: `[B, ...]`, latents and guided velocity. computes: bool `[B]`, from `count`.
-        last: whether this is the run's last tick, which steps everybody to 0.
+        last: whether this is the run's last tick, which steps everybody to 0. stay: whether another step than to the
+        next grid point is an error.
 
         Returns
         -------
@@ -143,6 +151,9 @@ class Images:
         if decision.order is not None:
             unknown = (decision.order < AUTO) | (decision.order > ADAMS_BASHFORTH)
             self.bad = torch.where(unknown, BAD_ORDER, self.bad)
+        if stay:
+            following = self.sigmas[(self.index + 1).clamp(max=len(self.sigmas) - 1)]
+            self.bad = torch.where((wanted != following) & (self.bad == 0), BAD_POINT, self.bad)
         self.bad = torch.where(self.done, 0, self.bad)
         target = torch.where(nan, self.sigma, wanted).clamp(min=0.0)
         target = torch.minimum(target, self.sigma)

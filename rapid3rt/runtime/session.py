@@ -46,21 +46,24 @@ _FOREIGN_CALL = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """What drives one run. reuses: whether residuals must be kept. notes: sentences for the report."""
+    """What drives one run. reuses: whether residuals must be kept.
+
+    limit: from the ticks that the run has, which a strength shortens, to the cap on the evaluations of every image and
+    sentences for the report.
+    """
 
     policy: Policy
     name: str
-    budget: int | None
-    reuses: bool = True
-    notes: tuple[str, ...] = ()
+    reuses: bool
+    limit: Callable[[int], tuple[int | None, tuple[str, ...]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
     """The scheduler's side of a run. ticks: loop iterations; sigmas, timesteps: the grid that images walk.
 
-    stay_on_grid: something counts in ticks. scheduler: class name of one that steps all images by itself, None where
-    each image steps on its own.
+    stay_on_grid: something counts in ticks. time_scale: timestep over sigma, off the grid. scheduler: class name of one
+    that steps all images by itself, None where each image steps on its own.
     """
 
     ticks: int
@@ -69,6 +72,7 @@ class Grid:
     shift: float
     stay_on_grid: bool
     grid_steps: int | None
+    time_scale: float = 1000.0
     scheduler: str | None = None
 
     @property
@@ -117,6 +121,7 @@ class _RunState:
     started: float = 0.0
     frames: list[_Frame] = field(default_factory=list)
     run: Run | None = None
+    budget: int | None = None
     costs: ActionCosts = field(default_factory=ActionCosts)
     notes: tuple[str, ...] = ()
     ended: bool = False
@@ -162,7 +167,8 @@ class Session:
         if grid.why_stay and (leaves_grid or regrids):
             raise UnsupportedError(
                 f"policy {choice.name!r} moves images off the pipeline's grid, but {grid.why_stay}; use a policy that "
-                "stays on it, such as 'dense' or 'threshold:0.1' (a policy object says so with leaves_grid = False)"
+                "stays on it, such as 'dense' or 'threshold:0.1' without budget and speed (a policy object says so "
+                "with leaves_grid = False)"
             )
         if grid.scheduler is not None and getattr(choice.policy, "order", EULER) != EULER:
             raise UnsupportedError(
@@ -277,18 +283,21 @@ class Session:
         run.resolution = self.adapter.resolution(transformer, kwargs)
         latents = self.adapter.observe(transformer, kwargs, run.num_images, run.resolution)
         run.block = sparsity.block_size(math.prod(run.resolution), latents.device.type)
-        run.images = Images.start(run.grid.sigmas, run.grid.timesteps, latents, run.start)
+        grid = run.grid
+        run.images = Images.start(grid.sigmas, grid.timesteps, grid.time_scale, latents, run.start)
         run.cache = ResidualCache(run.num_images, self.executor.backend, keep=run.choice.reuses)
         run.costs = with_estimates(
             self.costs,
             self.adapter.image_attention_share(transformer, kwargs),
             -(-math.prod(run.resolution) // run.block),
         )
+        ticks = run.grid.ticks - run.begin
+        run.budget, run.notes = run.choice.limit(ticks)
         run.run = Run(
             images=run.num_images,
-            ticks=run.grid.ticks - run.begin,
+            ticks=ticks,
             sigmas=tuple(run.grid.sigmas[run.start :].tolist()),
-            budget=run.choice.budget,
+            budget=run.budget,
             family=self.adapter.family,
             resolution=run.resolution,
             shift=run.grid.shift,
@@ -342,7 +351,9 @@ class Session:
         drift, conditioning = self._drift(run, seen, index), _put(temb, index, run.num_images)
         run.state = images.view(run.tick, latents, drift, conditioning)
         answer = run.choice.policy.decide_compute(run.state)
-        decision = self._enforce(run, check_compute(answer, run.num_images, run.choice.name))
+        decision = self._enforce(
+            run, check_compute(answer, run.num_images, run.choice.name, latents.device)
+        )
         run.plan = planner.plan(decision, images.done, images.bad, run.choice.name)
         assert run.cache is not None
         if not run.cache.keep and REUSE in run.plan.action:
@@ -353,7 +364,8 @@ class Session:
             )
         if any(run.plan.level) and (reason := self.adapter.dense_only(transformer)):
             run.plan = replace(run.plan, level=(0,) * run.num_images)
-            run.notes = (f"sparse levels ran dense: {reason}",)
+            note = f"sparse levels ran dense: {reason}"
+            run.notes += () if note in run.notes else (note,)
         cost = _costs(run.plan, run.costs)
         run.frames.append(
             _Frame(sigma=images.sigma, action=run.plan.action, level=run.plan.level, cost=cost)
@@ -369,8 +381,8 @@ class Session:
         images = run.images
         assert images is not None
         action = decision.action
-        if run.choice.budget is not None:
-            action = torch.where(images.nfe >= run.choice.budget, REUSE, action)
+        if run.budget is not None:
+            action = torch.where(images.nfe >= run.budget, REUSE, action)
         action = torch.where(images.nfe == 0, COMPUTE, action)
         return ComputeDecision(action=action, sparsity=decision.sparsity)
 
@@ -394,7 +406,7 @@ class Session:
                 run.num_images, *seen.shape[1:], dtype=seen.dtype, device=seen.device
             )
         if index is None and all(a == COMPUTE for a in run.plan.action):
-            run.reference = seen
+            run.reference = seen.clone()  # a view would keep the tokens of all branches alive
         elif index is None:
             run.reference = torch.where(run.computes.view(-1, 1, 1), seen, run.reference)
         else:
@@ -429,7 +441,7 @@ class Session:
             velocity = velocity.masked_fill(done, 0)
         decision = self._decide_step(run, velocity)
         latents, target = run.images.step_latents(
-            decision, sample, velocity, run.computes, run.last_tick
+            decision, sample, velocity, run.computes, run.last_tick, bool(run.grid.why_stay)
         )
         self._end_step(run, target, decision.order)
         return latents
@@ -452,12 +464,13 @@ class Session:
     def _decide_step(self, run: _RunState, velocity: torch.Tensor) -> StepDecision:
         seen = self.adapter.as_grid(velocity, run.resolution)
         answer = run.choice.policy.decide_step(run.state, seen)
-        return check_step(answer, run.num_images, run.choice.name)
+        return check_step(answer, run.num_images, run.choice.name, velocity.device)
 
     def _end_step(self, run: _RunState, target: torch.Tensor, order: torch.Tensor | None) -> None:
         assert run.images is not None
         frame = run.frames[-1]
-        frame.next_sigma, frame.order = target, order
+        # A policy may fill one buffer of its own again and again.
+        frame.next_sigma, frame.order = target, None if order is None else order.clone()
         now = time.perf_counter()
         frame.ms, run.started = 1000 * (now - run.started), now
         if run.last_tick:
@@ -529,7 +542,7 @@ class Session:
             block_q=run.block,
             block_kv=run.block,
             policy=run.choice.name,
-            budget=run.choice.budget,
+            budget=run.budget,
             costs=run.costs,
             images=tuple(tuple(ticks) for ticks in per_image),
             tick_ms=tuple(f.ms for f in run.frames if f.next_sigma is not None),
@@ -542,8 +555,7 @@ class Session:
     def report(self) -> Report:
         """The last run as a table, a file or a picture."""
         trace = self.trace()
-        notes = () if self._state is None else (*self._state.choice.notes, *self._state.notes)
-        return Report(trace, notes=notes)
+        return Report(trace, notes=() if self._state is None else self._state.notes)
 
 
 def _guidance(pipe: Any) -> float | None:

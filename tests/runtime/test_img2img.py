@@ -17,6 +17,7 @@ from test_flux import call_flux, make_flux
 from test_layouts import call, make_pipeline
 
 import rapid3rt
+from rapid3rt.types import ComputeDecision, DenoiseState, Run, StepDecision
 
 PIPELINES = {
     "sd3": (StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPipeline),
@@ -92,3 +93,43 @@ def test_policies_that_leave_the_grid_end_within_the_shorter_run(
     assert report.trace.ticks == 5
     assert all(0 < image.nfe <= 5 for image in report.images)
     assert all(ticks[-1].next_sigma == 0 for ticks in report.trace.images)
+
+
+@pytest.mark.parametrize("family", PIPELINES)
+@pytest.mark.parametrize(
+    ("dial", "expected"),
+    [({"speed": 2.0}, 2), ({"budget": 6}, 5), ({"budget": 3}, 3), ({"speed": 1.25}, 4)],
+)
+def test_the_dial_counts_the_steps_that_the_strength_leaves(
+    family: str, dial: dict[str, Any], expected: int
+) -> None:
+    """Without a bundled policy, and for a policy of the user's own: 5 of 8 steps are left."""
+    for policy in ("auto", Stay()):
+        pipe = make(family, inpaint=False)
+        rapid3rt.accelerate(pipe, policy, **dial)
+        run(pipe, TICKS, 0.6)
+        report = rapid3rt.report(pipe)
+        assert {image.nfe for image in report.images} == {expected}
+        assert report.trace.budget == expected
+        text = str(report)
+        if "speed" in dial:
+            assert f"became budget={expected} of 5 steps" in text
+        else:
+            assert ("more than the 5 steps that are left" in text) == (dial["budget"] > 5)
+
+
+class Stay:
+    """Somebody's policy: computes while it may."""
+
+    leaves_grid = False
+
+    def begin(self, run: Run) -> None:
+        self.sigmas = torch.tensor(run.sigmas)
+
+    def decide_compute(self, state: DenoiseState) -> ComputeDecision:
+        return ComputeDecision(
+            action=torch.zeros_like(state.nfe), sparsity=torch.zeros_like(state.nfe)
+        )
+
+    def decide_step(self, state: DenoiseState, velocity: torch.Tensor) -> StepDecision:
+        return StepDecision(next_sigma=self.sigmas[state.step.long() + 1])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -77,11 +78,17 @@ def set_timesteps(
     session: Session = type(self)._rapid3rt_session
     frame = own_call(session.pipe)
     session.discard()
+    _check_falls("sigmas", sigmas)
+    _check_falls("timesteps", timesteps)
     real: Any = real_class(self)
     real.set_timesteps(self, num_inference_steps, device, sigmas, mu, timesteps)
     ticks = len(self.timesteps)
     choice = session.choose(ticks)
     steps = getattr(choice.policy, "grid_steps", None)
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise ValueError(
+            f"grid_steps of policy {choice.name!r} must be an integer of at least 1, got {steps!r}"
+        )
     grid, shift = self, _shift(self, mu)
     if steps is not None and steps != ticks:
         if steps > ticks:
@@ -111,6 +118,7 @@ def set_timesteps(
             shift=shift,
             stay_on_grid=counts_in_ticks(frame),
             grid_steps=steps,
+            time_scale=float(self.config.num_train_timesteps),
         ),
     )
 
@@ -118,6 +126,15 @@ def set_timesteps(
 def end_call(self: Any) -> None:
     """Let go of the run's tensors. Pipelines call this at their end on every component that has it."""
     type(self)._rapid3rt_session.release()
+
+
+def _check_falls(name: str, values: Any) -> None:
+    """Refuse a list of the user's that rises somewhere: images only ever go down."""
+    rises = [] if values is None else [(a, b) for a, b in pairwise(values) if b > a]
+    if rises:
+        raise UnsupportedError(
+            f"{name} must never rise, got {rises[0][0]:g} before {rises[0][1]:g}; rapid3rt.restore runs it as it is"
+        )
 
 
 def _is_even(sigmas: Any) -> bool:
