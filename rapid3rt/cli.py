@@ -30,9 +30,9 @@ def _quiet() -> None:
 
 def _load(model: str) -> Any:
     """A bundled tiny pipeline by name, else a folder or hub id."""
-    from rapid3rt.tiny import ASSETS, load_tiny
+    from rapid3rt.tiny import bundled_names, load_tiny
 
-    if (ASSETS / model / "model_index.json").is_file():
+    if model in bundled_names():
         return load_tiny(model)
     import torch
     from diffusers import DiffusionPipeline

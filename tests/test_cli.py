@@ -4,13 +4,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import diffusers
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from rapid3rt import cli
 from rapid3rt.cli import app
 from rapid3rt.planning.trace import Trace
+from rapid3rt.tiny import ASSETS
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -48,3 +53,12 @@ def test_doctor_names_what_runs() -> None:
     assert result.exit_code == 0
     assert "torch" in result.output
     assert "kernels" in result.output
+
+
+def test_an_absolute_folder_is_loaded_as_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(path: str, **_options: Any) -> Any:
+        return SimpleNamespace(to=lambda _device: path)
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", load)
+    for folder in (ASSETS / "sd3", ASSETS / "sd3" / ".." / "sd3"):
+        assert cli._load(str(folder)) == str(folder)
