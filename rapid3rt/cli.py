@@ -24,8 +24,13 @@ console = Console()
 
 def _quiet() -> None:
     """Other libraries' notes about optional parts have no place between a user and a table."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    # Set here, not in the environment: the entry point has imported both already.
+    for name, library in (("DIFFUSERS", diffusers_logging), ("TRANSFORMERS", transformers_logging)):
+        if f"{name}_VERBOSITY" not in os.environ:
+            library.set_verbosity_error()
 
 
 def _load(model: str) -> Any:

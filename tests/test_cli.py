@@ -9,6 +9,7 @@ from typing import Any
 
 import diffusers
 import pytest
+import transformers
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -62,3 +63,24 @@ def test_an_absolute_folder_is_loaded_as_a_folder(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", load)
     for folder in (ASSETS / "sd3", ASSETS / "sd3" / ".." / "sd3"):
         assert cli._load(str(folder)) == str(folder)
+
+
+def test_other_libraries_are_quiet_unless_the_user_wants_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    libraries = {
+        "DIFFUSERS_VERBOSITY": diffusers.utils.logging,
+        "TRANSFORMERS_VERBOSITY": transformers.utils.logging,
+    }
+    for variable, library in libraries.items():
+        before = library.get_verbosity()
+        try:
+            library.set_verbosity_info()
+            monkeypatch.setenv(variable, "info")
+            cli._quiet()
+            assert library.get_verbosity() == library.INFO
+            monkeypatch.delenv(variable)
+            cli._quiet()
+            assert library.get_verbosity() == library.ERROR
+        finally:
+            library.set_verbosity(before)
