@@ -19,7 +19,14 @@ except ImportError:
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Diffusion Transformers, several times faster."
 )
-console = Console()
+# Paths, names and messages are a user's words: what looks like markup or an emoji in them is neither.
+console = Console(markup=False, emoji=False, highlight=False)
+errors = Console(markup=False, emoji=False, highlight=False, stderr=True)
+
+
+def _say(text: str, style: str | None = None) -> None:
+    """Print lines as they are: a terminal may wrap them, a pipe or a copied command gets them whole."""
+    console.print(text, style=style, soft_wrap=True)
 
 
 def _quiet() -> None:
@@ -56,7 +63,7 @@ def _print_table(rows: list[list[str]], title: str) -> None:
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
     for row in rows[1:]:
         table.add_row(*row)
-    console.print(title, style="bold")  # as a title of the table it would wrap at the table's width
+    _say(title, style="bold")  # as a title of the table it would wrap at the table's width
     console.print(table)
 
 
@@ -123,8 +130,8 @@ def generate(
     out.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         image.save(out / f"{i:03d}.png")
-    console.print(str(rapid3rt.report(pipe)), highlight=False, markup=False)
-    console.print(f"{len(images)} images in {out}/")
+    _say(str(rapid3rt.report(pipe)))
+    _say(f"{len(images)} images in {out}/")
 
 
 @app.command()
@@ -158,10 +165,8 @@ def calibrate(
         seed=seed,
         call={} if guidance is None else {"guidance_scale": guidance},
     )
-    console.print(format_table(folder.provenance["mean_squared_error"]), highlight=False)
-    console.print(
-        f"use it with rapid3rt.accelerate(pipe, policy={str(out)!r}, speed=2.5)", highlight=False
-    )
+    _say(format_table(folder.provenance["mean_squared_error"]))
+    _say(f"use it with rapid3rt.accelerate(pipe, policy={str(out)!r}, speed=2.5)")
 
 
 @app.command()
@@ -185,7 +190,7 @@ def doctor() -> None:
         ("kernels", ops.describe_backend()),
     ]
     for name, value in facts:
-        console.print(f"{name:<10} {value}", highlight=False)
+        _say(f"{name:<10} {value}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -207,8 +212,8 @@ def main() -> None:
 
     try:
         app()
-    except (ValueError, UnsupportedError, StateError) as error:
-        console.print(f"error: {error}", style="red", highlight=False, markup=False)
+    except (ValueError, OSError, ImportError, UnsupportedError, StateError) as error:
+        errors.print(f"error: {' '.join(str(error).split())}", style="red", soft_wrap=True)
         sys.exit(2)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import transformers
 from PIL import Image
 from typer.testing import CliRunner
 
+import rapid3rt
 from rapid3rt import cli
 from rapid3rt.cli import app
 from rapid3rt.planning.trace import Trace
@@ -31,7 +33,8 @@ def test_the_demo_shows_four_ways_and_writes_pictures_and_a_trace(tmp_path: Path
         app, ["demo", "--quick", "--out", str(tmp_path)], env={"COLUMNS": "80"}
     )
     assert result.exit_code == 0, result.output
-    assert max(map(len, result.output.splitlines())) <= 80
+    lines = [line for line in result.output.splitlines() if str(tmp_path) not in line]
+    assert max(map(len, lines)) <= 80
     assert "\u2026" not in result.output
     for words in ("plain, 28 steps", "DPM++ 2M", "rapid3rt", "total speed-up"):
         assert words in result.output
@@ -56,6 +59,36 @@ def test_doctor_names_what_runs() -> None:
     assert "kernels" in result.output
 
 
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Calls the entry point with arguments that it must refuse; gives what it says on stderr."""
+
+    def call(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["rapid3rt", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        assert (stop.value.code, captured.out) == (2, "")
+        return captured.err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError("cannot load\nthe model"), ImportError("needs\npart"), ValueError("got " + 99 * "x")],
+)
+def test_a_mistake_is_one_line_on_stderr(
+    say: Any, tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(_model: str) -> Any:
+        raise error
+
+    monkeypatch.setattr(cli, "_load", load)
+    said = say("generate", "a prompt", "--out", str(tmp_path))
+    assert said == f"error: {' '.join(str(error).split())}\n"
+
+
 def test_an_absolute_folder_is_loaded_as_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(path: str, **_options: Any) -> Any:
         return SimpleNamespace(to=lambda _device: path)
@@ -63,6 +96,24 @@ def test_an_absolute_folder_is_loaded_as_a_folder(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", load)
     for folder in (ASSETS / "sd3", ASSETS / "sd3" / ".." / "sd3"):
         assert cli._load(str(folder)) == str(folder)
+
+
+def test_what_is_printed_is_neither_markup_nor_wrapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Pipe:
+        def __call__(self, prompts: list[str], **_options: Any) -> Any:
+            return SimpleNamespace(images=[Image.new("RGB", (2, 2)) for _ in prompts])
+
+    row = "0 " + 120 * "C"
+    monkeypatch.setattr(cli, "_load", lambda _model: Pipe())
+    monkeypatch.setattr(rapid3rt, "accelerate", lambda *_arguments, **_options: None)
+    monkeypatch.setattr(rapid3rt, "report", lambda _pipe: row)
+    out = tmp_path / "[bold]x[" / "b] :pizza:"
+    arguments = ["generate", "a prompt", "--out", str(out)]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "40"})
+    assert result.output.splitlines() == [row, f"1 images in {out}/"]
+    assert (out / "000.png").exists()
 
 
 def test_other_libraries_are_quiet_unless_the_user_wants_them(
@@ -84,3 +135,11 @@ def test_other_libraries_are_quiet_unless_the_user_wants_them(
             assert library.get_verbosity() == library.ERROR
         finally:
             library.set_verbosity(before)
+
+
+def test_doctor_tells_a_wrong_backend_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAPID3RT_BACKEND", "bogus")
+    result = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "40"})
+    assert result.exit_code == 0
+    line = "kernels    none: RAPID3RT_BACKEND must be one of native, flex, reference, got 'bogus'"
+    assert line in result.output.splitlines()
