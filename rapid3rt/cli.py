@@ -40,6 +40,22 @@ def _quiet() -> None:
             library.set_verbosity_error()
 
 
+def _read_prompts(path: Path) -> list[str]:
+    """A prompt per line of a text file; empty lines are none."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # Windows editors put a mark in front
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8, {error.reason}"
+        raise ValueError(
+            f"--prompts must be a text file in UTF-8, got {str(path)!r}: {reason}"
+        ) from None
+    # str.splitlines would also split at separators that belong to a prompt.
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
+    if not prompts:
+        raise ValueError(f"--prompts must hold at least one prompt, got an empty {str(path)!r}")
+    return prompts
+
+
 def _load(model: str) -> Any:
     """A bundled tiny pipeline by name, else a folder or hub id."""
     from rapid3rt.tiny import bundled_names, load_tiny
@@ -151,11 +167,7 @@ def calibrate(
     import rapid3rt
     from rapid3rt.calibrate import format_table
 
-    lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
-    if not lines:
-        raise typer.BadParameter(
-            f"must hold at least one prompt, got an empty {prompts}", param_hint="--prompts"
-        )
+    lines = _read_prompts(prompts)
     folder = rapid3rt.calibrate(
         _load(model),
         lines,

@@ -89,6 +89,34 @@ def test_a_mistake_is_one_line_on_stderr(
     assert said == f"error: {' '.join(str(error).split())}\n"
 
 
+def test_a_prompt_is_a_line_whatever_wrote_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa red circle\r\n\r\n one\u2028two \nlast".encode())
+    assert cli._read_prompts(path) == ["a red circle", "one\u2028two", "last"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"caf\xe9", "not UTF-8"), (None, "No such file"), (b" \n\n", "at least one prompt")],
+)
+def test_prompts_that_cannot_be_read_are_one_line_that_names_the_file(
+    say: Any, tmp_path: Path, content: bytes | None, reason: str
+) -> None:
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    said = say("calibrate", "sd3", "--prompts", str(path), "--out", str(tmp_path / "out"))
+    assert said.startswith("error: --prompts must ")
+    assert f"'{path}'" in said
+    assert reason in said
+    assert said.count("\n") == 1
+
+
+def test_a_folder_of_prompts_is_no_file(say: Any, tmp_path: Path) -> None:
+    said = say("calibrate", "sd3", "--prompts", str(tmp_path), "--out", str(tmp_path / "out"))
+    assert said.endswith(f"got '{tmp_path}': Is a directory\n")
+
+
 def test_an_absolute_folder_is_loaded_as_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(path: str, **_options: Any) -> Any:
         return SimpleNamespace(to=lambda _device: path)
