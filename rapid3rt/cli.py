@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +40,30 @@ def _quiet() -> None:
     for name, library in (("DIFFUSERS", diffusers_logging), ("TRANSFORMERS", transformers_logging)):
         if f"{name}_VERBOSITY" not in os.environ:
             library.set_verbosity_error()
+
+
+def _finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"must be a finite number, got {value}")
+    return value
+
+
+def _seed(value: int) -> int:
+    if abs(value) >= 2**63:
+        raise typer.BadParameter(f"must be an integer of 64 bits, got {value}")
+    return value
+
+
+def _make_folder(out: Path) -> None:
+    """Make a folder that can be written to, before any work is done for it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--out must be a folder that can be written to, got {str(out)!r}: {error.strerror}"
+        ) from None
 
 
 def _read_prompts(path: Path) -> list[str]:
@@ -126,11 +152,13 @@ def generate(
     model: Annotated[str, typer.Option(help="bundled tiny pipeline, folder or hub id")] = "sd3",
     out: Annotated[Path, typer.Option(help="folder for the images")] = Path("images"),
     policy: Annotated[str, typer.Option(help="any policy that accelerate takes")] = "auto",
-    budget: Annotated[int | None, typer.Option(help="evaluations per image, hard cap")] = None,
+    budget: Annotated[
+        int | None, typer.Option(help="evaluations per image, hard cap", min=1)
+    ] = None,
     speed: Annotated[float | None, typer.Option(help="plain steps over ours")] = None,
-    steps: Annotated[int, typer.Option(help="steps of the plain pipeline")] = 28,
-    guidance: Annotated[float | None, typer.Option(help="guidance scale")] = None,
-    seed: Annotated[int, typer.Option(help="noise of the first image")] = 0,
+    steps: Annotated[int, typer.Option(help="steps of the plain pipeline", min=1)] = 28,
+    guidance: Annotated[float | None, typer.Option(help="guidance scale", callback=_finite)] = None,
+    seed: Annotated[int, typer.Option(help="noise of the first image", callback=_seed)] = 0,
 ) -> None:
     """Generate images with an accelerated pipeline and print what each one was spared."""
     _quiet()
@@ -138,12 +166,12 @@ def generate(
 
     import rapid3rt
 
+    _make_folder(out)
     pipe = _load(model)
     rapid3rt.accelerate(pipe, policy, budget=budget, speed=speed)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     further = {} if guidance is None else {"guidance_scale": guidance}
     images = pipe(prompts, num_inference_steps=steps, generator=generators, **further).images
-    out.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         image.save(out / f"{i:03d}.png")
     _say(str(rapid3rt.report(pipe)))
@@ -155,12 +183,13 @@ def calibrate(
     model: Annotated[str, typer.Argument(help="bundled tiny pipeline, folder or hub id")],
     prompts: Annotated[Path, typer.Option(help="text file, a prompt per line")],
     out: Annotated[Path, typer.Option(help="policy folder; the same folder resumes")],
-    steps: Annotated[int, typer.Option(help="steps of the plain pipeline")] = 28,
-    evaluations: Annotated[int, typer.Option(help="grids to try")] = 40,
+    steps: Annotated[int, typer.Option(help="steps of the plain pipeline", min=1)] = 28,
+    evaluations: Annotated[int, typer.Option(help="grids to try", min=1)] = 40,
     guidance: Annotated[
-        float | None, typer.Option(help="guidance scale that users will call with")
+        float | None,
+        typer.Option(help="guidance scale that users will call with", callback=_finite),
     ] = None,
-    seed: Annotated[int, typer.Option(help="noise")] = 0,
+    seed: Annotated[int, typer.Option(help="noise", min=0, max=2**32 - 1)] = 0,
 ) -> None:
     """Fit a sigma grid to a model from a dozen prompts; minutes, no training."""
     _quiet()
@@ -168,6 +197,7 @@ def calibrate(
     from rapid3rt.calibrate import format_table
 
     lines = _read_prompts(prompts)
+    _make_folder(out)
     folder = rapid3rt.calibrate(
         _load(model),
         lines,

@@ -59,6 +59,11 @@ def test_doctor_names_what_runs() -> None:
     assert "kernels" in result.output
 
 
+def fail_to_load(_model: str) -> Any:
+    """In place of `cli._load`: a mistake must be found before."""
+    pytest.fail("loads a model before it looks at its arguments")
+
+
 @pytest.fixture
 def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Calls the entry point with arguments that it must refuse; gives what it says on stderr."""
@@ -87,6 +92,18 @@ def test_a_mistake_is_one_line_on_stderr(
     monkeypatch.setattr(cli, "_load", load)
     said = say("generate", "a prompt", "--out", str(tmp_path))
     assert said == f"error: {' '.join(str(error).split())}\n"
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--steps=0", "--steps=-3", "--budget=0", "--guidance=nan", f"--seed={10**22}"],
+)
+def test_a_number_without_a_meaning_is_refused_by_its_option(
+    say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.setattr(cli, "_load", fail_to_load)
+    said = say("generate", "a prompt", "--out", str(tmp_path), option)
+    assert option.partition("=")[0] in said
 
 
 def test_a_prompt_is_a_line_whatever_wrote_the_file(tmp_path: Path) -> None:
