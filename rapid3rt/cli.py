@@ -114,7 +114,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder for pictures and traces")] = Path("demo"),
     model: Annotated[str, typer.Option(help="bundled tiny pipeline")] = "sd3",
     policy: Annotated[str, typer.Option(help="any policy that accelerate takes")] = "auto",
-    speed: Annotated[float, typer.Option(help="plain steps over ours")] = 4.5,
+    speed: Annotated[
+        float | None, typer.Option(help="plain steps over ours; 4.5 where the policy takes one")
+    ] = None,
     rival: Annotated[str, typer.Option(help="diffusers solver of the fourth row")] = "DPM++ 2M",
     quick: Annotated[bool, typer.Option(help="time one round instead of three")] = False,
 ) -> None:
@@ -123,7 +125,10 @@ def demo(
     from rich.progress import Progress, SpinnerColumn, TextColumn
 
     from rapid3rt.tiny import demo as show
+    from rapid3rt.tiny.rivals import find_solver
 
+    find_solver(rival)
+    _make_folder(out)
     pipe = _load(model)
     pipe.set_progress_bar_config(disable=True)
     with Progress(
@@ -131,16 +136,18 @@ def demo(
     ) as bar:
         bar.add_task("eight prompts, four ways, timed side by side (a minute or two on a laptop)")
         result = show.run(pipe, policy, speed, rival, rounds=1 if quick else 3)
+    result.report.save(out / "trace.json")  # first: whatever fails below, the minutes are not lost
     ways, per_image = show.tables(result)
     _print_table(ways, "eight prompts in a batch, four ways (MSE and PSNR to plain 28 steps)")
     _print_table(per_image, "rapid3rt, image by image")
     for note in result.report.notes:
-        console.print(f"note: {note}", highlight=False)
-    out.mkdir(parents=True, exist_ok=True)
+        console.print(f"note: {note}")
     show.draw_comparison(result, out / "comparison.png")
-    result.report.plot(out / "timeline.png", labels=[s.caption for s in result.scenes])
-    result.report.save(out / "trace.json")
-    console.print(
+    try:
+        result.report.plot(out / "timeline.png", labels=[s.caption for s in result.scenes])
+    except ImportError as error:
+        _say(f"note: no timeline.png, {error}")
+    _say(
         f"total speed-up {result.speedup:.2f}x, measured here; pictures and trace in {out}/",
         style="bold",
     )

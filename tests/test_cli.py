@@ -19,6 +19,7 @@ from rapid3rt import cli
 from rapid3rt.cli import app
 from rapid3rt.planning.trace import Trace
 from rapid3rt.tiny import ASSETS
+from rapid3rt.tiny import demo as show
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -94,6 +95,29 @@ def test_a_mistake_is_one_line_on_stderr(
     assert said == f"error: {' '.join(str(error).split())}\n"
 
 
+def test_an_unknown_rival_is_refused_before_any_work(
+    say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_load", fail_to_load)
+    said = say("demo", "--rival", "Heun", "--out", str(tmp_path / "new"))
+    assert said == "error: rival must be one of DPM++ 2M, UniPC, DEIS, got 'Heun'\n"
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("command", ["demo", "generate", "calibrate"])
+def test_an_unusable_folder_is_found_before_any_work(
+    say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr(cli, "_load", fail_to_load)
+    file = tmp_path / "file.txt"
+    file.write_text("a prompt\n")
+    further = {"demo": [], "generate": ["a prompt"], "calibrate": ["sd3", "--prompts", str(file)]}
+    said = say(command, *further[command], "--out", str(file))
+    start = f"error: --out must be a folder that can be written to, got '{file}': "
+    assert said.startswith(start)
+    assert said.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "option",
     ["--steps=0", "--steps=-3", "--budget=0", "--guidance=nan", f"--seed={10**22}"],
@@ -159,6 +183,25 @@ def test_what_is_printed_is_neither_markup_nor_wrapped(
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "40"})
     assert result.output.splitlines() == [row, f"1 images in {out}/"]
     assert (out / "000.png").exists()
+
+
+def test_the_demo_without_matplotlib_keeps_its_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plot(*_arguments: Any, **_options: Any) -> None:
+        raise ImportError("plot needs matplotlib")
+
+    report = SimpleNamespace(notes=[], plot=plot, save=lambda path: path.write_text("{}"))
+    result = SimpleNamespace(report=report, scenes=[], speedup=2.0)
+    pipe = SimpleNamespace(set_progress_bar_config=lambda disable: None)
+    monkeypatch.setattr(cli, "_load", lambda _model: pipe)
+    monkeypatch.setattr(show, "run", lambda *_arguments, **_options: result)
+    monkeypatch.setattr(show, "tables", lambda _result: ([["way"]], [["scene"]]))
+    monkeypatch.setattr(show, "draw_comparison", lambda _result, path: path.write_text(""))
+    told = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
+    assert told.exit_code == 0, told.output
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["comparison.png", "trace.json"]
+    assert "note: no timeline.png, plot needs matplotlib" in told.output
 
 
 def test_other_libraries_are_quiet_unless_the_user_wants_them(
