@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,20 +21,72 @@ except ImportError:
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Diffusion Transformers, several times faster."
 )
-console = Console()
+# Paths, names and messages are a user's words: what looks like markup or an emoji in them is neither.
+console = Console(markup=False, emoji=False, highlight=False)
+errors = Console(markup=False, emoji=False, highlight=False, stderr=True)
+
+
+def _say(text: str, style: str | None = None) -> None:
+    """Print lines as they are: a terminal may wrap them, a pipe or a copied command gets them whole."""
+    console.print(text, style=style, soft_wrap=True)
 
 
 def _quiet() -> None:
     """Other libraries' notes about optional parts have no place between a user and a table."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    # Set here, not in the environment: the entry point has imported both already.
+    for name, library in (("DIFFUSERS", diffusers_logging), ("TRANSFORMERS", transformers_logging)):
+        if f"{name}_VERBOSITY" not in os.environ:
+            library.set_verbosity_error()
+
+
+def _finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"must be a finite number, got {value}")
+    return value
+
+
+def _seed(value: int) -> int:
+    if abs(value) >= 2**63:
+        raise typer.BadParameter(f"must be an integer of 64 bits, got {value}")
+    return value
+
+
+def _make_folder(out: Path) -> None:
+    """Make a folder that can be written to, before any work is done for it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--out must be a folder that can be written to, got {str(out)!r}: {error.strerror}"
+        ) from None
+
+
+def _read_prompts(path: Path) -> list[str]:
+    """A prompt per line of a text file; empty lines are none."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # Windows editors put a mark in front
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8, {error.reason}"
+        raise ValueError(
+            f"--prompts must be a text file in UTF-8, got {str(path)!r}: {reason}"
+        ) from None
+    # str.splitlines would also split at separators that belong to a prompt.
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
+    if not prompts:
+        raise ValueError(f"--prompts must hold at least one prompt, got an empty {str(path)!r}")
+    return prompts
 
 
 def _load(model: str) -> Any:
     """A bundled tiny pipeline by name, else a folder or hub id."""
-    from rapid3rt.tiny import ASSETS, load_tiny
+    from rapid3rt.tiny import bundled_names, load_tiny
 
-    if (ASSETS / model / "model_index.json").is_file():
+    if model in bundled_names():
         return load_tiny(model)
     import torch
     from diffusers import DiffusionPipeline
@@ -51,7 +105,7 @@ def _print_table(rows: list[list[str]], title: str) -> None:
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
     for row in rows[1:]:
         table.add_row(*row)
-    console.print(title, style="bold")  # as a title of the table it would wrap at the table's width
+    _say(title, style="bold")  # as a title of the table it would wrap at the table's width
     console.print(table)
 
 
@@ -60,7 +114,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder for pictures and traces")] = Path("demo"),
     model: Annotated[str, typer.Option(help="bundled tiny pipeline")] = "sd3",
     policy: Annotated[str, typer.Option(help="any policy that accelerate takes")] = "auto",
-    speed: Annotated[float, typer.Option(help="plain steps over ours")] = 4.5,
+    speed: Annotated[
+        float | None, typer.Option(help="plain steps over ours; 4.5 where the policy takes one")
+    ] = None,
     rival: Annotated[str, typer.Option(help="diffusers solver of the fourth row")] = "DPM++ 2M",
     quick: Annotated[bool, typer.Option(help="time one round instead of three")] = False,
 ) -> None:
@@ -69,7 +125,10 @@ def demo(
     from rich.progress import Progress, SpinnerColumn, TextColumn
 
     from rapid3rt.tiny import demo as show
+    from rapid3rt.tiny.rivals import find_solver
 
+    find_solver(rival)
+    _make_folder(out)
     pipe = _load(model)
     pipe.set_progress_bar_config(disable=True)
     with Progress(
@@ -77,16 +136,18 @@ def demo(
     ) as bar:
         bar.add_task("eight prompts, four ways, timed side by side (a minute or two on a laptop)")
         result = show.run(pipe, policy, speed, rival, rounds=1 if quick else 3)
+    result.report.save(out / "trace.json")  # first: whatever fails below, the minutes are not lost
     ways, per_image = show.tables(result)
     _print_table(ways, "eight prompts in a batch, four ways (MSE and PSNR to plain 28 steps)")
     _print_table(per_image, "rapid3rt, image by image")
     for note in result.report.notes:
-        console.print(f"note: {note}", highlight=False)
-    out.mkdir(parents=True, exist_ok=True)
+        console.print(f"note: {note}")
     show.draw_comparison(result, out / "comparison.png")
-    result.report.plot(out / "timeline.png", labels=[s.caption for s in result.scenes])
-    result.report.save(out / "trace.json")
-    console.print(
+    try:
+        result.report.plot(out / "timeline.png", labels=[s.caption for s in result.scenes])
+    except ImportError as error:
+        _say(f"note: no timeline.png, {error}")
+    _say(
         f"total speed-up {result.speedup:.2f}x, measured here; pictures and trace in {out}/",
         style="bold",
     )
@@ -98,11 +159,13 @@ def generate(
     model: Annotated[str, typer.Option(help="bundled tiny pipeline, folder or hub id")] = "sd3",
     out: Annotated[Path, typer.Option(help="folder for the images")] = Path("images"),
     policy: Annotated[str, typer.Option(help="any policy that accelerate takes")] = "auto",
-    budget: Annotated[int | None, typer.Option(help="evaluations per image, hard cap")] = None,
+    budget: Annotated[
+        int | None, typer.Option(help="evaluations per image, hard cap", min=1)
+    ] = None,
     speed: Annotated[float | None, typer.Option(help="plain steps over ours")] = None,
-    steps: Annotated[int, typer.Option(help="steps of the plain pipeline")] = 28,
-    guidance: Annotated[float | None, typer.Option(help="guidance scale")] = None,
-    seed: Annotated[int, typer.Option(help="noise of the first image")] = 0,
+    steps: Annotated[int, typer.Option(help="steps of the plain pipeline", min=1)] = 28,
+    guidance: Annotated[float | None, typer.Option(help="guidance scale", callback=_finite)] = None,
+    seed: Annotated[int, typer.Option(help="noise of the first image", callback=_seed)] = 0,
 ) -> None:
     """Generate images with an accelerated pipeline and print what each one was spared."""
     _quiet()
@@ -110,16 +173,16 @@ def generate(
 
     import rapid3rt
 
+    _make_folder(out)
     pipe = _load(model)
     rapid3rt.accelerate(pipe, policy, budget=budget, speed=speed)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     further = {} if guidance is None else {"guidance_scale": guidance}
     images = pipe(prompts, num_inference_steps=steps, generator=generators, **further).images
-    out.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         image.save(out / f"{i:03d}.png")
-    console.print(str(rapid3rt.report(pipe)), highlight=False, markup=False)
-    console.print(f"{len(images)} images in {out}/")
+    _say(str(rapid3rt.report(pipe)))
+    _say(f"{len(images)} images in {out}/")
 
 
 @app.command()
@@ -127,23 +190,21 @@ def calibrate(
     model: Annotated[str, typer.Argument(help="bundled tiny pipeline, folder or hub id")],
     prompts: Annotated[Path, typer.Option(help="text file, a prompt per line")],
     out: Annotated[Path, typer.Option(help="policy folder; the same folder resumes")],
-    steps: Annotated[int, typer.Option(help="steps of the plain pipeline")] = 28,
-    evaluations: Annotated[int, typer.Option(help="grids to try")] = 40,
+    steps: Annotated[int, typer.Option(help="steps of the plain pipeline", min=1)] = 28,
+    evaluations: Annotated[int, typer.Option(help="grids to try", min=1)] = 40,
     guidance: Annotated[
-        float | None, typer.Option(help="guidance scale that users will call with")
+        float | None,
+        typer.Option(help="guidance scale that users will call with", callback=_finite),
     ] = None,
-    seed: Annotated[int, typer.Option(help="noise")] = 0,
+    seed: Annotated[int, typer.Option(help="noise", min=0, max=2**32 - 1)] = 0,
 ) -> None:
     """Fit a sigma grid to a model from a dozen prompts; minutes, no training."""
     _quiet()
     import rapid3rt
     from rapid3rt.calibrate import format_table
 
-    lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
-    if not lines:
-        raise typer.BadParameter(
-            f"must hold at least one prompt, got an empty {prompts}", param_hint="--prompts"
-        )
+    lines = _read_prompts(prompts)
+    _make_folder(out)
     folder = rapid3rt.calibrate(
         _load(model),
         lines,
@@ -153,10 +214,8 @@ def calibrate(
         seed=seed,
         call={} if guidance is None else {"guidance_scale": guidance},
     )
-    console.print(format_table(folder.provenance["mean_squared_error"]), highlight=False)
-    console.print(
-        f"use it with rapid3rt.accelerate(pipe, policy={str(out)!r}, speed=2.5)", highlight=False
-    )
+    _say(format_table(folder.provenance["mean_squared_error"]))
+    _say(f"use it with rapid3rt.accelerate(pipe, policy={str(out)!r}, speed=2.5)")
 
 
 @app.command()
@@ -180,7 +239,7 @@ def doctor() -> None:
         ("kernels", ops.describe_backend()),
     ]
     for name, value in facts:
-        console.print(f"{name:<10} {value}", highlight=False)
+        _say(f"{name:<10} {value}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -202,8 +261,8 @@ def main() -> None:
 
     try:
         app()
-    except (ValueError, UnsupportedError, StateError) as error:
-        console.print(f"error: {error}", style="red", highlight=False, markup=False)
+    except (ValueError, OSError, ImportError, UnsupportedError, StateError) as error:
+        errors.print(f"error: {' '.join(str(error).split())}", style="red", soft_wrap=True)
         sys.exit(2)
 
 

@@ -30,6 +30,7 @@ from rapid3rt.runtime.twins.transformer import check_transformer
 USUAL_STEPS = 28
 WIDTH, INDENT = 100, 13
 FEW_STEP_NAMES = ("schnell", "turbo", "lightning", "hyper-", "lcm", "distill")
+NEEDED = ("config", "default_sample_size", "vae_scale_factor")  # what every served pipeline has
 COUNTED = {  # arguments of a pipeline's call that count its steps, and what they are called
     "skip_guidance_layers": "skip-layer guidance",
     "pag_adaptive_scale": "an adaptive PAG scale",
@@ -87,14 +88,22 @@ def check(pipe: Any) -> Check:
             rows.append((name, text))
     if not refused:
         rows += _levels(pipe)
-        rows += [("gain", _gain(pipe)), ("memory", _memory(pipe))]
-        rows += [("policy", _policy(pipe)), ("kernels", _kernels(pipe))]
+        rows += [("gain", _gain(pipe)), ("memory", _memory(pipe)), ("policy", _policy(pipe))]
+        try:
+            rows.append(("kernels", _kernels(pipe)))
+        except (ValueError, UnsupportedError) as error:  # what the environment asks for is missing
+            rows.append(("kernels", f"not supported: {error}"))
+            refused = True
     return Check(supported=not refused, rows=tuple(rows))
 
 
 def _transformer(pipe: Any) -> str:
     adapter = find_adapter(pipe)
     check_transformer(pipe.transformer)
+    if lacking := [name for name in NEEDED if not hasattr(pipe, name)]:
+        raise UnsupportedError(
+            f"pipe must be a diffusers pipeline, got {type(pipe).__name__} without {', '.join(lacking)}"
+        )
     state = "" if session_of(pipe.transformer) is None else "; accelerated: rapid3rt.report(pipe)"
     return f"{type(pipe.transformer).__name__} ({adapter.family}), supported{state}"
 

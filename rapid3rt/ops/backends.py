@@ -25,17 +25,21 @@ def _missing_reason(backend: str, device_type: str) -> str | None:
     return None
 
 
+def _explicit(name: str, value: str, device_type: str) -> str:
+    if value not in BACKENDS:
+        raise ValueError(f"{name} must be one of {', '.join(BACKENDS)}, got {value!r}")
+    reason = _missing_reason(value, device_type)
+    if reason is not None:
+        raise UnsupportedError(f"{name} {value!r} on device {device_type!r}: {reason}")
+    return value
+
+
 def _resolve(backend: str | None, device_type: str) -> str:
     name, value = (
         ("backend", backend) if backend is not None else ("RAPID3RT_BACKEND", envs.backend())
     )
     if value is not None:
-        if value not in BACKENDS:
-            raise ValueError(f"{name} must be one of {', '.join(BACKENDS)}, got {value!r}")
-        reason = _missing_reason(value, device_type)
-        if reason is not None:
-            raise UnsupportedError(f"{name} {value!r} on device {device_type!r}: {reason}")
-        return value
+        return _explicit(name, value, device_type)
     reason = _missing_reason("native", device_type)
     if reason is None:
         return "native"
@@ -54,7 +58,7 @@ def choose(backend: str | None, device_type: str) -> str:
 
     Raises
     ------
-    ValueError: no such backend. UnsupportedError: chosen explicitly, but not there.
+    ValueError: no such backend, or RAPID3RT_CPU_ISA is wrong. UnsupportedError: chosen explicitly, but not there.
     """
     key = (backend, device_type)
     if key not in _chosen:
@@ -63,12 +67,16 @@ def choose(backend: str | None, device_type: str) -> str:
 
 
 def describe_backend() -> str:
-    """One line: which backend serves the CPU, or why the native one does not."""
+    """One line: which backend serves the CPU, or why the native one does not, or why none does."""
     chosen = envs.backend()
-    if chosen is not None:
-        return f"{chosen} (RAPID3RT_BACKEND)"
+    try:
+        if chosen is not None:
+            return f"{_explicit('RAPID3RT_BACKEND', chosen, 'cpu')} (RAPID3RT_BACKEND)"
+        missing = native.missing_reason("cpu")
+    except (ValueError, UnsupportedError) as error:
+        return f"none: {error}"
+    if missing is not None:
+        return f"reference ({missing})"
     built = native.info()
-    if not built["available"]:
-        return f"reference ({built['reason']})"
     threads = "OpenMP" if built["openmp"] else "one thread, no OpenMP"
     return f"native on CPU ({built['isa']}; {threads}), reference elsewhere"

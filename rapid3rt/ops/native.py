@@ -22,24 +22,32 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _num_threads = torch.get_num_threads
 
 
-def _load() -> tuple[Any, str | None]:
-    """The module, or None and why not."""
+def _load() -> tuple[Any, str | None, bool]:
+    """The module, or None and why not, and whether that is a wrong RAPID3RT_CPU_ISA."""
     try:
         module: Any = importlib.import_module("rapid3rt._cpu")
     except ImportError as error:
-        return None, f"module rapid3rt._cpu cannot be loaded: {error}"
+        return None, f"module rapid3rt._cpu cannot be loaded: {error}", False
     isa = envs.cpu_isa()
     if isa is not None:
-        module.force_isa(isa)
-    return module, None
+        try:
+            module.force_isa(isa)
+        except ValueError as error:  # told by whatever needs the kernels: an import needs none
+            return None, str(error), True
+    return module, None, False
 
 
-_cpu, _missing = _load()
+_cpu, _missing, _wrong_isa = _load()
 
 
 def missing_reason(device_type: str) -> str | None:
-    """Why this backend cannot serve a device, None when it can."""
+    """Why this backend cannot serve a device, None when it can.
+
+    Raises ValueError where RAPID3RT_CPU_ISA is wrong: what was asked for by name is never replaced silently.
+    """
     if device_type == "cpu":
+        if _wrong_isa:
+            raise ValueError(_missing)
         return _missing
     return f"this build has no native kernels for device {device_type!r}"
 
@@ -50,7 +58,8 @@ def info() -> dict[str, Any]:
     Returns
     -------
     available: bool. Where it is True: isas (tuple, instruction sets of this build that this machine has, ascending),
-    isa (the one whose kernels run), openmp (bool). Else reason: why the module is missing.
+    isa (the one whose kernels run), openmp (bool). Else reason: why the module is missing, or what is wrong with
+    RAPID3RT_CPU_ISA.
     """
     if _cpu is None:
         return {"available": False, "reason": _missing}

@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
+import stat
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -158,19 +159,28 @@ def read_fields(path: str | os.PathLike[str], *, kind: str, version: int) -> Fie
 
 
 def write_document(path: str | os.PathLike[str], document: Mapping[str, Any]) -> None:
-    """Write JSON atomically: a reader sees the old file or the whole new one, even in a crash."""
-    target = Path(path)
+    """Write JSON atomically: a reader sees the old file or the whole new one, even in a crash.
+
+    A link stays and its target is written, a file keeps its mode. A pipe or device is written straight, since nothing
+    may take its place. Raises `ValueError` for a folder.
+    """
     text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    there = Path(path).stat() if Path(path).exists() else None
+    if there is not None and stat.S_ISDIR(there.st_mode):
+        raise ValueError(f"path must be a file, got the folder '{path}'")
+    if there is not None and not stat.S_ISREG(there.st_mode):
+        Path(path).write_text(text, encoding="utf-8")
+        return
+    target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    # Not made of the target's name, which may be as long as a name can be.
+    temporary = target.with_name(f".rapid3rt-{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with temporary.open("x", encoding="utf-8") as file:
+            if there is not None:
+                temporary.chmod(stat.S_IMODE(there.st_mode))
             file.write(text)
-        # mkstemp makes private files; a trace is as public as any other file the user writes.
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
-        Path(temporary).replace(target)
+        temporary.replace(target)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
+import sys
 from array import array
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -206,6 +207,9 @@ def check_number(
 ) -> float:
     """Return `value` as a float. Raises `ValueError` unless it is finite and `accept` takes it."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and math.inf > abs(value) > sys.float_info.max:  # an integer may be beyond any float
+        msg = f"{name} must be {requirement}, got an integer beyond {sys.float_info.max:.1e}"
+        raise ValueError(msg)
     if not number or not math.isfinite(value) or not accept(value):
         msg = f"{name} must be {requirement}, got {value!r}"
         raise ValueError(msg)

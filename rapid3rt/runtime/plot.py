@@ -19,12 +19,14 @@ _DENSE = "#1f4e79"
 _LEVELS = ("#2e7d8c", "#4fa39a", "#86c5a4")  # sparser is lighter
 _REUSE, _FORECAST, _DONE = "#f2c879", "#e0965c", "#f1f1ee"
 _INK, _FAINT = "#2b2b2b", "#8a8a85"
+# Labels and policies are a user's words: a dollar sign is one, and no start of a formula.
+_LITERAL = {"parse_math": False}
 # Beyond this many images the rows carry no numbers and the labels thin out.
 _ROWS_WITH_TEXT = 24
 
 
 def draw_report(report: Report, path: Path, labels: Sequence[str] | None = None) -> None:
-    """Write the picture.
+    """Write the picture; makes its folder.
 
     Raises `ImportError` without matplotlib, `ValueError` for a wrong number of labels.
     """
@@ -56,8 +58,10 @@ def draw_report(report: Report, path: Path, labels: Sequence[str] | None = None)
     _draw_ways(ways, report)
     top = height - 0.2
     style: dict[str, Any] = {"color": _INK, "fontsize": 11, "weight": "bold", "va": "top"}
+    style |= _LITERAL
     figure.text(0.2 / width, top / height, _title(report), **style)
     _draw_legend(figure, report, (0.12 / width, (top - 0.2) / height))
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 
@@ -81,7 +85,8 @@ def _draw_grid(axes: Any, report: Report, names: list[str]) -> None:
             axes.text(ticks + 0.9, row + 0.5, share, color=_INK, fontsize=8, va="center")
     axes.set(xlim=(0, ticks), ylim=(images, 0))
     every = max(1, -(-images // 30))
-    axes.set_yticks([row + 0.5 for row in range(0, images, every)], names[::every], fontsize=8)
+    rows = [row + 0.5 for row in range(0, images, every)]
+    axes.set_yticks(rows, names[::every], fontsize=8, **_LITERAL)
     axes.set_xticks([])
     axes.tick_params(length=0, colors=_INK)
     _frame(axes, ())

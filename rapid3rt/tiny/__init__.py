@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +15,22 @@ GUIDANCE = 3.5
 pipeline's default of 7 they score the same and every solver needs about twice the evaluations."""
 
 
+def bundled_names() -> list[str]:
+    """Names of the pipelines that `load_tiny` takes."""
+    return sorted(p.parent.name for p in ASSETS.glob("*/model_index.json"))
+
+
 def load_tiny(model: str = "sd3") -> Any:
     """Load a bundled tiny pipeline of 64 x 64 pixels: a genuine `StableDiffusion3Pipeline` or `FluxPipeline`.
 
     Raises ValueError for a name that is not bundled.
     """
-    names = sorted(p.parent.name for p in ASSETS.glob("*/model_index.json"))
-    if model not in names:
-        raise ValueError(f"model must be one of {', '.join(names)}, got {model!r}")
+    if model not in bundled_names():
+        raise ValueError(f"model must be one of {', '.join(bundled_names())}, got {model!r}")
     from diffusers import DiffusionPipeline
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
 
-    # Loading takes a second: bars and notes about optional parts would only be noise.
-    libraries = (diffusers_logging, transformers_logging)
-    verbosity = [library.get_verbosity() for library in libraries]
-    try:
-        for library in libraries:
-            library.set_verbosity_error()
-            library.disable_progress_bar()
+    with _silence():
         pipe = DiffusionPipeline.from_pretrained(ASSETS / model, local_files_only=True)
-    finally:
-        for library, level in zip(libraries, verbosity, strict=True):
-            library.set_verbosity(level)
-            library.enable_progress_bar()
     if hasattr(pipe, "default_sample_size"):
         pipe.default_sample_size = (
             LATENT_SIZE  # FLUX pipelines assume 128, whatever their VAE was made for
@@ -44,4 +38,32 @@ def load_tiny(model: str = "sd3") -> Any:
     return pipe
 
 
-__all__ = ["ASSETS", "GUIDANCE", "load_tiny"]
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Loading takes a second: bars and notes about optional parts would only be noise. Afterwards all is as before."""
+    from diffusers.utils import logging as diffusers_logging
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+    from transformers.utils import logging as transformers_logging
+
+    libraries = (diffusers_logging, transformers_logging)
+    before = [(lib, lib.get_verbosity(), lib.is_progress_bar_enabled()) for lib in libraries]
+    hub_was_silent = are_progress_bars_disabled()
+    try:
+        for library in libraries:
+            library.set_verbosity_error()
+            library.disable_progress_bar()
+        yield
+    finally:
+        for library, level, bar in before:
+            library.set_verbosity(level)
+            if bar:
+                library.enable_progress_bar()
+        # transformers switches the bars of the hub along with its own.
+        (disable_progress_bars if hub_was_silent else enable_progress_bars)()
+
+
+__all__ = ["ASSETS", "GUIDANCE", "bundled_names", "load_tiny"]

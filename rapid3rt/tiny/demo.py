@@ -18,9 +18,11 @@ import numpy as np
 import torch
 
 from rapid3rt.pipeline import accelerate, report, restore
+from rapid3rt.policies import is_rule, parse
+from rapid3rt.policies.budget import with_speed
 from rapid3rt.runtime.report import Report
 from rapid3rt.tiny import GUIDANCE
-from rapid3rt.tiny.rivals import solver
+from rapid3rt.tiny.rivals import find_solver, solver
 from rapid3rt.tiny.scenes import Scene, sample
 from rapid3rt.tiny.score import score
 
@@ -28,6 +30,8 @@ STEPS = 28
 MAX_TOKENS = 32
 """A caption's tokens: the pipeline's default of 256 would only add silent ones."""
 SEED = 2025
+SPEED = 4.5
+"""Plain steps over ours, where nothing else is asked for."""
 _SCALE = 3
 
 
@@ -64,9 +68,14 @@ class Demo:
 
 
 def run(
-    pipe: Any, policy: str, speed: float, rival: str, rounds: int = 3, seed: int = SEED
+    pipe: Any, policy: str, speed: float | None, rival: str, rounds: int = 3, seed: int = SEED
 ) -> Demo:
-    """Make the batch in all four ways. rounds: how often each is timed, interleaved."""
+    """Make the batch in all four ways. rounds: how often each is timed, interleaved.
+
+    speed: as `accelerate` takes it; None is `SPEED`, for a policy that fixes its evaluations itself nothing.
+    """
+    find_solver(rival)
+    speed = speed if speed is not None else _usual_speed(policy)
     scenes = pick_scenes(seed)
     prompts = [s.caption for s in scenes]
 
@@ -85,10 +94,11 @@ def run(
     def ours() -> torch.Tensor:
         accelerate(pipe, policy, speed=speed)
         try:
-            return call(STEPS)
-        finally:
+            images = call(STEPS)
             reports.append(report(pipe))
+        finally:
             restore(pipe)
+        return images
 
     def rival_call() -> torch.Tensor:
         with solver(pipe, rival):
@@ -116,6 +126,17 @@ def run(
         for (name, nfe, _), image, t in zip(ways, images, times, strict=True)
     ]
     return Demo(scenes=scenes, rows=rows, report=reports[-1])
+
+
+def _usual_speed(policy: str) -> float | None:
+    if policy == "auto" or not is_rule(policy):
+        return SPEED
+    rule = parse(policy)
+    try:
+        with_speed(rule, SPEED)
+    except ValueError:
+        return None
+    return SPEED
 
 
 def pick_scenes(seed: int) -> list[Scene]:

@@ -20,12 +20,19 @@ SOLVERS = {
 }
 
 
+def find_solver(name: str) -> Any:
+    """The class of one of `SOLVERS`. ValueError: there is none of that name; the known ones are listed."""
+    if name not in SOLVERS:
+        raise ValueError(f"rival must be one of {', '.join(SOLVERS)}, got {name!r}")
+    return SOLVERS[name]
+
+
 @contextmanager
 def solver(pipe: Any, name: str) -> Iterator[None]:
     """Run the (plain) pipeline under one of `SOLVERS` while the context is open."""
     plain = pipe.scheduler
     dynamic = plain.config.use_dynamic_shifting
-    rival = SOLVERS[name](
+    rival = find_solver(name)(
         prediction_type="flow_prediction",
         use_flow_sigmas=True,
         flow_shift=float(plain.shift),

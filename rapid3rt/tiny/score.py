@@ -20,22 +20,47 @@ from rapid3rt.tiny.scenes import Scene
 
 _CELL = 22
 _MIN_AREA = 25
+_ROUNDING = 1e-3
 
 
 def to_tensor(images: Any) -> torch.Tensor:
-    """Pictures as float32 `[n, 3, 64, 64]` in 0..1; takes PIL images, arrays `[n, 64, 64, 3]` or a tensor."""
-    if isinstance(images, torch.Tensor):
-        out = images.float()
-    else:
-        array = np.stack([np.asarray(image) for image in images])
-        scale = 255.0 if array.dtype == np.uint8 else 1.0
-        out = torch.from_numpy(array.astype(np.float32) / scale).permute(0, 3, 1, 2)
+    """Pictures as float32 `[n, 3, 64, 64]` in 0..1.
+
+    images: RGB PIL images, arrays `[n, 64, 64, 3]` (uint8, or floats in 0..1) or a tensor `[n, 3, 64, 64]` of floats in
+    0..1. Raises ValueError for anything else, which would only be scored as wrong.
+    """
+    out = images if isinstance(images, torch.Tensor) else _stack(images)
     size = (3, world.IMAGE_SIZE, world.IMAGE_SIZE)
     if out.ndim != 4 or tuple(out.shape[1:]) != size:
         raise ValueError(
             f"images must be of shape (n, {', '.join(map(str, size))}), got {tuple(out.shape)}"
         )
+    if not out.is_floating_point():
+        raise ValueError(f"images must be floats in 0..1, got a tensor of {out.dtype}")
+    out = out.float()
+    low, high = (float(bound) for bound in out.aminmax()) if out.numel() else (0.0, 1.0)
+    if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # NaN is refused too
+        raise ValueError(f"images must be in 0..1, got values of {low:.3g} to {high:.3g}")
     return out
+
+
+def _stack(images: Any) -> torch.Tensor:
+    """Pictures `[n, height, width, 3]` as a tensor `[n, 3, height, width]`; bytes become floats."""
+    if not isinstance(images, (Sequence, np.ndarray)):
+        raise ValueError(
+            f"images must be a list, an array or a tensor, got {type(images).__name__}"
+        )
+    pictures = [np.asarray(image) for image in images]
+    shapes = {picture.shape for picture in pictures}
+    if len(shapes) != 1 or len(next(iter(shapes))) != 3:
+        got = ", ".join(map(str, sorted(shapes))) or "no picture"
+        raise ValueError(f"images must be RGB pictures of one shape (height, width, 3), got {got}")
+    array = np.stack(pictures)
+    if array.dtype == np.uint8:
+        array = array.astype(np.float32) / 255
+    if not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(f"images must be uint8, or floats in 0..1, got {array.dtype}")
+    return torch.from_numpy(array).permute(0, 3, 1, 2)
 
 
 def score(images: Any, scenes: Sequence[Scene], continuous: bool = False) -> np.ndarray:
@@ -46,7 +71,7 @@ def score(images: Any, scenes: Sequence[Scene], continuous: bool = False) -> np.
 
     Parameters
     ----------
-    images: PIL images, array `[n, 64, 64, 3]` or tensor `[n, 3, 64, 64]` in 0..1.
+    images: as `to_tensor` takes them.
     scenes: n scenes.
     continuous: replace right / wrong of an object by the mean of colour share and shape overlap (a training reward).
 

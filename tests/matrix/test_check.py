@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -29,6 +30,7 @@ from makers import (
 )
 
 import rapid3rt
+from rapid3rt.ops import backends
 
 FAMILIES = {"sd3": "sd3", "sd35": "sd3", "dev": "flux", "schnell": "flux"}
 FAMILIES |= {"flux2": "flux2", "klein": "flux2", "qwen": "qwen"}
@@ -263,6 +265,26 @@ def test_an_unknown_family_is_not_supported_and_lists_the_known_ones(made: Any) 
     text = dict(answer.rows)["transformer"]
     assert "must be of a supported family (sd3, flux, qwen, flux2)" in text
     assert text.endswith("use it as it is: nothing has been changed")
+
+
+def test_what_only_holds_the_parts_of_a_pipeline_is_not_supported() -> None:
+    parts = SimpleNamespace(**shared(make, "sd3").components)
+    answer = rapid3rt.check(parts)
+    assert not answer.supported
+    assert said(parts, "transformer").startswith(
+        "not supported: pipe must be a diffusers pipeline, got SimpleNamespace without config"
+    )
+
+
+@pytest.mark.parametrize("backend", ["flex", "bogus"])
+def test_a_backend_of_the_environment_that_is_not_there_is_told(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.setenv("RAPID3RT_BACKEND", backend)
+    answer = rapid3rt.check(shared(make, "sd3"))
+    assert not answer.supported
+    assert said(shared(make, "sd3"), "kernels").startswith("not supported: RAPID3RT_BACKEND ")
 
 
 def test_a_controlnet_of_another_family_is_not_supported() -> None:

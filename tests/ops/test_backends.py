@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -89,33 +90,55 @@ def test_native_has_no_kernels_for_other_devices() -> None:
     assert "no native kernels for device 'meta'" in reason
 
 
-def import_with_isa(isa: str) -> subprocess.CompletedProcess[str]:
+def run_with_isa(isa: str, code: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"RAPID3RT_CPU_ISA": isa}
-    command = [sys.executable, "-c", "from rapid3rt import ops; print(ops.info()['isa'])"]
+    command = [sys.executable, "-c", f"from rapid3rt import ops; {code}"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_an_unknown_isa_is_named() -> None:
-    done = import_with_isa("mmx")
-    assert done.returncode != 0
-    assert "RAPID3RT_CPU_ISA must be one of scalar" in done.stderr
-    assert "got 'mmx'" in done.stderr
-
-
 def test_the_environment_forces_a_lower_isa() -> None:
-    done = import_with_isa("scalar")
+    done = run_with_isa("scalar", "print(ops.info()['isa'])")
     assert done.stdout.strip() == "scalar", done.stderr
 
 
-def test_an_isa_that_the_machine_lacks_is_refused() -> None:
+def test_a_wrong_isa_lets_the_package_be_imported() -> None:
+    done = run_with_isa("mmx", "print(ops.describe_backend())")
+    assert done.stdout.startswith("none: RAPID3RT_CPU_ISA must be one of scalar"), done.stderr
+
+
+def wrong_isas() -> list[str]:
+    """An unknown name, and every set that this machine lacks."""
     known = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
     available = ops.info()["isas"]
     assert available == known[: len(available)]
-    for isa in known[len(available) :]:
-        done = import_with_isa(isa)
-        assert done.returncode != 0
-        assert f"RAPID3RT_CPU_ISA must be one of {', '.join(available)} (" in done.stderr
-        assert f"got '{isa}'" in done.stderr
+    return ["mmx", *known[len(available) :]]
+
+
+@pytest.mark.parametrize("isa", wrong_isas())
+def test_a_wrong_isa_is_told_in_one_line_and_refused_by_every_op_that_would_use_it(
+    isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = f"RAPID3RT_CPU_ISA must be one of {', '.join(ops.info()['isas'])} ("
+    monkeypatch.setenv("RAPID3RT_CPU_ISA", isa)
+    for name, value in zip(("_cpu", "_missing", "_wrong_isa"), native._load(), strict=True):
+        monkeypatch.setattr(native, name, value)
+    assert not native.info()["available"]
+    told = ops.describe_backend()
+    assert told.startswith(f"none: {message}")
+    assert told.endswith(f"got '{isa}'")
+    for backend in (None, "native"):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            gather(backend)
+    assert gather("reference").item() == 2
+
+
+def test_a_backend_that_nothing_can_serve_is_described_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAPID3RT_BACKEND", "fast")
+    assert ops.describe_backend().startswith("none: RAPID3RT_BACKEND must be one of native")
+    monkeypatch.setenv("RAPID3RT_BACKEND", "flex")
+    assert "no FlexAttention backend" in ops.describe_backend()
 
 
 def test_the_best_isa_runs_unless_another_is_forced() -> None:

@@ -126,6 +126,18 @@ def test_the_picture_is_drawn(tmp_path, labels):
     assert matplotlib.get_backend(auto_select=False) == backend
 
 
+@pytest.mark.parametrize("label", ["a $\\foo{$ b", "costs $5^ and $6_", "_x", "$\\frac$"])
+def test_dollars_in_labels_and_policies_are_no_formulas(tmp_path, label):
+    pytest.importorskip("matplotlib")
+    Report(replace(TRACE, policy=f"replay:{label}")).plot(tmp_path / "t.png", labels=[label, ""])
+
+
+def test_plot_makes_its_folder_as_save_does(tmp_path):
+    pytest.importorskip("matplotlib")
+    Report(TRACE).plot(tmp_path / "new" / "deep" / "t.png")
+    assert (tmp_path / "new" / "deep" / "t.png").exists()
+
+
 def test_many_images_and_a_single_tick_are_drawn_too(tmp_path):
     pytest.importorskip("matplotlib")
     one = replace(TRACE, ticks=1, images=((tick(1.0, 0.0),),) * 40, tick_ms=None)

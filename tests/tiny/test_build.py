@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import diffusers
+import huggingface_hub
 import pytest
 import torch
+import transformers
 from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
@@ -145,3 +149,27 @@ def test_the_loss_weighs_what_is_near_an_object() -> None:
     rows, columns = torch.nonzero(mask, as_tuple=True)
     assert 2 * rows.float().mean().item() + 1 == pytest.approx(item.y, abs=1)
     assert 2 * columns.float().mean().item() + 1 == pytest.approx(item.x, abs=1)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_loading_leaves_bars_and_verbosity_of_other_libraries_as_they_were(enabled: bool) -> None:
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    before = [(library.is_progress_bar_enabled(), library.get_verbosity()) for library in libraries]
+    hub = huggingface_hub.utils
+    hub_was_silent = hub.are_progress_bars_disabled()
+
+    def switch(library: Any, on: bool) -> None:
+        (library.enable_progress_bar if on else library.disable_progress_bar)()
+
+    try:
+        for library in libraries:
+            switch(library, enabled)
+        (hub.disable_progress_bars if enabled else hub.enable_progress_bars)()  # each its own way
+        load_tiny("sd3")
+        assert [library.is_progress_bar_enabled() for library in libraries] == [enabled, enabled]
+        assert [library.get_verbosity() for library in libraries] == [level for _, level in before]
+        assert hub.are_progress_bars_disabled() == enabled
+    finally:
+        for library, (on, _) in zip(libraries, before, strict=True):
+            switch(library, on)
+        (hub.disable_progress_bars if hub_was_silent else hub.enable_progress_bars)()

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from rapid3rt.tiny import scenes as world
 from rapid3rt.tiny.score import score, to_tensor
@@ -88,8 +92,6 @@ def test_every_single_mistake_costs_something(change: str) -> None:
 
 
 def test_the_score_reads_pil_images_arrays_and_tensors_alike() -> None:
-    from PIL import Image
-
     scenes = world.sample(4, 2)
     tensor = world.draw(scenes)
     array = (tensor.permute(0, 2, 3, 1) * 255).round().byte().numpy()
@@ -115,3 +117,29 @@ def test_pictures_of_another_size_are_refused() -> None:
         to_tensor(torch.zeros(2, 3, 32, 32))
     with pytest.raises(ValueError, match="scenes must be as many"):
         score(torch.zeros(2, 3, 64, 64), world.sample(3, 0))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda x: (x * 255).byte(), r"images must be floats in 0..1, got a tensor of torch.uint8"),
+        (lambda x: x * 2 - 1, r"images must be in 0..1, got values of -0"),
+        (lambda x: x * 255, r"images must be in 0..1, got values of"),
+        (lambda x: x * float("nan"), r"images must be in 0..1, got values of nan"),
+        (lambda x: x.permute(0, 2, 3, 1).long().numpy(), r"images must be uint8, or floats"),
+        (lambda _: [Image.new("L", (64, 64))], r"images must be RGB pictures .*got \(64, 64\)"),
+        (lambda _: [Image.new("P", (64, 64))], r"images must be RGB pictures .*got \(64, 64\)"),
+        (lambda _: [Image.new("RGBA", (64, 64))], r"images must be of shape"),
+        (lambda _: [], r"images must be RGB pictures .*got no picture"),
+        (
+            lambda _: [Image.new("RGB", (64, 64)), Image.new("RGB", (32, 64))],
+            r"images must be RGB pictures of one shape .*got \(64, 32, 3\), \(64, 64, 3\)",
+        ),
+        (lambda _: Image.new("RGB", (64, 64)), r"images must be a list, an array or a tensor"),
+    ],
+)
+def test_pictures_that_would_only_score_badly_are_refused(
+    wrong: Callable[[torch.Tensor], Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        to_tensor(wrong(world.draw(world.sample(2, 0))))
