@@ -54,6 +54,7 @@ def scatter_rows(
     Parameters
     ----------
     out: `[T, ...]` contiguous, any dtype, written. x: `[R, ...]`, same dtype. rows: int32 `[R]`, unique, in [0, T).
+    The range of addresses of out meets neither that of x nor that of rows.
     """
     checks.no_gradient("scatter_rows", out, x)
     checks.expect_rows("rows", rows, out.device)
@@ -131,7 +132,8 @@ def cache_store(
     Parameters
     ----------
     slots: `[S, O, I, D]` contiguous, written. out, embedded: `[R, I, D]`, same dtype. slot: int32 `[R]`, unique.
-    gap: float32 `[R]`, distance in sigma to the row's previous compute, 0 where there is none.
+    gap: float32 `[R]`, distance in sigma to the row's previous compute, 0 where there is none. The range of addresses
+    of slots meets none of the others'.
 
     Returns
     -------
@@ -294,7 +296,9 @@ def block_sparse_attention_(
     Parameters
     ----------
     out: `[R, H, Nq, K]`, strides as q, written. lse: float32 `[R, H, Nq]` contiguous or None, written. The others as
-    in `block_sparse_attention`; mode may also be 2.
+    in `block_sparse_attention`; mode may also be 2. The ranges of addresses of
+    out and lse meet neither each other nor those of q, k, v: an out that interleaves with them, as a slice of one
+    packed tensor does, is refused, an out behind them in the same storage is not.
     """
     checks.no_gradient("block_sparse_attention_", out, q, k, v)
     lists = (mode, count, index, order, kv_len)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The native backend: hands addresses, sizes and strides of tensors to the torch-free module `_cpu`.
 
-Nothing is checked here but layouts that the kernels rely on; `rapid3rt.ops` checks what callers pass. Why the module
-is missing, if it is, is kept and told.
+Nothing is checked here but layouts that the kernels rely on, and that what is written is not read as well: a compiled
+graph has no addresses before it runs. `rapid3rt.ops` checks what callers pass. Why the module is missing, if it is,
+is kept and told.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 
 from rapid3rt import envs
 from rapid3rt.errors import UnsupportedError
+from rapid3rt.ops import checks
 
 # The same numbers stand in csrc/include/rapid3rt/dtype.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -87,6 +89,7 @@ def gather_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 def scatter_rows(out: torch.Tensor, x: torch.Tensor, rows: torch.Tensor) -> None:
     """As `reference.scatter_rows`."""
+    checks.expect_apart("out", out, x=x, rows=rows)
     x, rows = x.contiguous(), rows.contiguous()
     num_rows, num_bytes = rows.shape[0], x.numel() * x.element_size()
     if num_bytes:
@@ -144,6 +147,7 @@ def cache_store(
     gap: torch.Tensor,
 ) -> torch.Tensor:
     """As `reference.cache_store`."""
+    checks.expect_apart("slots", slots, out=out, embedded=embedded, slot=slot, gap=gap)
     out, embedded, slot, gap = (t.contiguous() for t in (out, embedded, slot, gap))
     num_rows, num_tokens, width = embedded.shape
     stats = embedded.new_empty((num_rows, 3), dtype=torch.float32)
@@ -255,6 +259,7 @@ def block_sparse_attention_(
 ) -> None:
     """As `reference.block_sparse_attention_`."""
     lists = (mode, count, index, order, kv_len)
+    checks.expect_attention_apart(out, lse, q, k, v)
     _attend(out, lse, q, k, v, lists, (block_q, block_kv), scale, True)
 
 
