@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
 from rapid3rt.errors import UnsupportedError
 
@@ -12,11 +13,21 @@ BLOCKS = (32, 64, 128)
 
 
 def no_gradient(op: str, *tensors: torch.Tensor | None) -> None:
-    """Raise UnsupportedError where autograd would expect a gradient of an op that has none."""
+    """Raise UnsupportedError where autograd would expect a gradient, backward or forward, of an op that has none."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise UnsupportedError(
             f"{op} has no gradient: call it under torch.no_grad(), or detach its inputs"
         )
+    # Asking a tensor for its tangent costs microseconds: only within a dual level, where alone there are any.
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
+        raise UnsupportedError(f"{op} has no forward-mode gradient: pass the primals of its inputs")
+
+
+def _has_tangent(x: torch.Tensor | None) -> bool:
+    if x is None:
+        return False
+    # A traced tensor does not show its tangent: it may have one.
+    return torch.compiler.is_compiling() or forward_ad.unpack_dual(x).tangent is not None
 
 
 def expect(

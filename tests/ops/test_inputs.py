@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from rapid3rt import ops
 from rapid3rt.errors import UnsupportedError
@@ -308,3 +309,22 @@ def test_gradients_are_refused_but_not_under_no_grad() -> None:
     with torch.no_grad():
         assert ops.gather_rows(x, ints(0)).shape == (1, 2)
     assert ops.gather_rows(x.detach(), ints(2)).shape == (1, 2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tangents_are_refused_also_under_no_grad(backend: str) -> None:
+    x = torch.ones(3, 2)
+
+    def gather(x: torch.Tensor) -> torch.Tensor:
+        return ops.gather_rows(x, ints(0), backend=backend)
+
+    with pytest.raises(UnsupportedError, match="gather_rows has no forward-mode gradient"):
+        torch.func.jvp(gather, (x,), (x,))
+    with forward_ad.dual_level(), torch.no_grad():
+        dual = forward_ad.make_dual(x, x)
+        with pytest.raises(UnsupportedError, match="gather_rows has no forward-mode gradient"):
+            gather(dual)
+        with pytest.raises(UnsupportedError, match="gather_rows has no forward-mode gradient"):
+            torch.compile(gather, backend="eager")(dual)
+        assert gather(forward_ad.unpack_dual(dual).primal).shape == (1, 2)
+    assert gather(x).shape == (1, 2)
