@@ -138,7 +138,8 @@ def cache_store(
 
     Returns
     -------
-    float32 `[R, 3]`: drift = mean|r - old r| / mean|old r| (0 where gap is 0), mean and standard deviation of r.
+    float32 `[R, 3]`: drift = mean|r - old r| / mean|old r| (0 where gap is 0), mean and standard deviation of r;
+    all 0 where I or D is 0.
     """
     checks.no_gradient("cache_store", slots, out, embedded, gap)
     checks.expect_cache(embedded, slots, slot, gap, "gap")

@@ -110,7 +110,7 @@ def cache_store(
     Returns
     -------
     float32 `[R, 3]`: drift = mean|r - old r| / mean|old r| (0 where gap is 0), mean and standard deviation
-    (population) of r.
+    (population) of r. All 0 where there are no values, I or D being 0.
 
     Raises
     ------
@@ -138,7 +138,8 @@ def cache_store(
     for order in range(slots.shape[1]):
         slots[where, order] = value.to(slots.dtype)
         value = torch.where(known, (value - old[:, order]) / wide_gap, torch.zeros_like(value))
-    return torch.stack((drift, mean, std), dim=1).float()
+    stats = torch.stack((drift, mean, std), dim=1).float()
+    return stats if r.numel() else torch.zeros_like(stats)
 
 
 def norm_modulate(

@@ -121,6 +121,36 @@ WRONG: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
         cache(scale=torch.zeros(2, 7), shift=torch.zeros(2, 8), eps=1e-6),
         r"scale must have shape \(2, 8\), got \(2, 7\)",
     ),
+    (
+        ops.gather_rows,
+        {"x": torch.zeros(3, 0), "rows": ints(0, 9)},
+        r"rows must be in \[0, 3\), got 9",
+    ),
+    (
+        ops.scatter_rows,
+        {"out": torch.zeros(3, 0), "x": torch.zeros(2, 0), "rows": ints(4, 1)},
+        r"rows must be in \[0, 3\), got 4",
+    ),
+    (
+        ops.cache_lookup,
+        cache(embedded=torch.zeros(2, 0, 8), slots=torch.zeros(3, 1, 0, 8), slot=ints(0, 5)),
+        r"slot must be in \[0, 3\), got 5",
+    ),
+    (
+        ops.cache_store,
+        store(
+            embedded=torch.zeros(2, 4, 0),
+            out=torch.zeros(2, 4, 0),
+            slots=torch.zeros(3, 1, 4, 0),
+            slot=ints(2, 2),
+        ),
+        "slot must be unique, got 2 twice",
+    ),
+    (
+        ops.block_sparse_attention,
+        attention(q=torch.zeros(1, 2, 0, 16), mode=ints(0, 3)[None].byte(), count=None, index=None),
+        "mode must be 0, 1 or 2, got 3",
+    ),
     (ops.cache_store, store(slot=ints(1, 1)), "slot must be unique, got 1 twice"),
     (ops.cache_store, store(gap=torch.zeros(3)), r"gap must have shape \(2,\), got \(3,\)"),
     (ops.cache_store, store(slots=torch.zeros(3, 1, 8, 4).mT), "slots must be contiguous"),
