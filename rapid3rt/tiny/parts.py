@@ -213,11 +213,10 @@ def generator(*key: int) -> np.random.Generator:
 def set_rate(
     optimiser: torch.optim.Optimizer, peak: float, step: int, steps: int, warmup: int
 ) -> None:
-    """Linear warm-up, then cosine to 1 % of the peak."""
+    """Linear warm-up over `warmup` steps, none for 0; then cosine to 1 % of the peak."""
     progress = max(step - warmup, 0) / max(steps - warmup, 1)
-    rate = (
-        peak * min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * progress)))
-    )
+    warm = min(1.0, (step + 1) / max(warmup, 1))
+    rate = peak * warm * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * progress)))
     for group in optimiser.param_groups:
         group["lr"] = rate
 

@@ -59,6 +59,15 @@ def test_an_interrupted_build_ends_in_the_same_weights(
         assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 
+def test_no_warmup_begins_at_the_peak() -> None:
+    optimiser = torch.optim.SGD([torch.zeros(1)])
+    rates = []
+    for warmup in (0, 4):
+        parts.set_rate(optimiser, 1e-3, 0, 10, warmup)
+        rates.append(optimiser.param_groups[0]["lr"])
+    assert rates == pytest.approx([1e-3, 0.25e-3])
+
+
 def forget_recipes(work: Path) -> None:
     """Make the files of a work folder what they were before they told their recipe."""
     for path in work.glob("*.safetensors"):
