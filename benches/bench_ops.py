@@ -113,13 +113,13 @@ def measure(case: Case, dtype: torch.dtype, options: Any) -> dict[str, Any]:
 
 def measure_overhead(rounds: int) -> list[dict[str, Any]]:
     """Time of the reuse path on tensors of no size: what a call costs besides its work."""
-    x, slots = torch.zeros(2, 1, 8), torch.zeros(2, 1, 1, 8)
+    x, out, slots = torch.zeros(2, 1, 8), torch.zeros(2, 1, 8), torch.zeros(2, 1, 1, 8)
     rows, coef, gap = torch.arange(2, dtype=torch.int32), torch.ones(2, 1), torch.zeros(2)
     calls: dict[str, Call] = {
         "cache_lookup": lambda: ops.cache_lookup(x, slots, rows, coef),
         "cache_store": lambda: ops.cache_store(slots, x, x, rows, gap),
         "gather_rows": lambda: ops.gather_rows(x, rows),
-        "scatter_rows": lambda: ops.scatter_rows(x, x, rows),
+        "scatter_rows": lambda: ops.scatter_rows(out, x, rows),
     }
     return [
         {"op": name, "case": "overhead", "us": t.median_us, "spread": t.spread}

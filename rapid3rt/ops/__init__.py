@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops that callers use: they check, choose a backend and call it. Definitions: `rapid3rt.ops.reference`.
 
-Every op is for inference: inputs that require a gradient while gradients are enabled are refused. `backend` is
+Every op is for inference: inputs that require a gradient while gradients are enabled are refused, and so are those
+that carry a tangent of forward-mode differentiation. `backend` is
 "native", "flex" or "reference", None for RAPID3RT_BACKEND and then the best there is; an explicit choice that is not
 available raises UnsupportedError. Wrong shapes, dtypes, devices and layouts raise ValueError, and so do, on the CPU,
 ids out of range. Tensors are float32, bfloat16 or float16 unless said otherwise; inputs of any layout are taken, and
@@ -54,6 +55,7 @@ def scatter_rows(
     Parameters
     ----------
     out: `[T, ...]` contiguous, any dtype, written. x: `[R, ...]`, same dtype. rows: int32 `[R]`, unique, in [0, T).
+    The range of addresses of out meets neither that of x nor that of rows.
     """
     checks.no_gradient("scatter_rows", out, x)
     checks.expect_rows("rows", rows, out.device)
@@ -131,11 +133,13 @@ def cache_store(
     Parameters
     ----------
     slots: `[S, O, I, D]` contiguous, written. out, embedded: `[R, I, D]`, same dtype. slot: int32 `[R]`, unique.
-    gap: float32 `[R]`, distance in sigma to the row's previous compute, 0 where there is none.
+    gap: float32 `[R]`, distance in sigma to the row's previous compute, 0 where there is none. The range of addresses
+    of slots meets none of the others'.
 
     Returns
     -------
-    float32 `[R, 3]`: drift = mean|r - old r| / mean|old r| (0 where gap is 0), mean and standard deviation of r.
+    float32 `[R, 3]`: drift = mean|r - old r| / mean|old r| (0 where gap is 0), mean and standard deviation of r;
+    all 0 where I or D is 0.
     """
     checks.no_gradient("cache_store", slots, out, embedded, gap)
     checks.expect_cache(embedded, slots, slot, gap, "gap")
@@ -294,7 +298,9 @@ def block_sparse_attention_(
     Parameters
     ----------
     out: `[R, H, Nq, K]`, strides as q, written. lse: float32 `[R, H, Nq]` contiguous or None, written. The others as
-    in `block_sparse_attention`; mode may also be 2.
+    in `block_sparse_attention`; mode may also be 2. The ranges of addresses of out and lse meet neither each other nor
+    those of q, k, v: an out that interleaves with them, as a slice of one packed tensor does, is refused; an out
+    behind them in the same storage is not.
     """
     checks.no_gradient("block_sparse_attention_", out, q, k, v)
     lists = (mode, count, index, order, kv_len)

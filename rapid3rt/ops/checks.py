@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
 from rapid3rt.errors import UnsupportedError
 
@@ -12,11 +13,21 @@ BLOCKS = (32, 64, 128)
 
 
 def no_gradient(op: str, *tensors: torch.Tensor | None) -> None:
-    """Raise UnsupportedError where autograd would expect a gradient of an op that has none."""
+    """Raise UnsupportedError where autograd would expect a gradient, backward or forward, of an op that has none."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise UnsupportedError(
             f"{op} has no gradient: call it under torch.no_grad(), or detach its inputs"
         )
+    # Asking a tensor for its tangent costs microseconds: only within a dual level, where alone there are any.
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
+        raise UnsupportedError(f"{op} has no forward-mode gradient: pass the primals of its inputs")
+
+
+def _has_tangent(x: torch.Tensor | None) -> bool:
+    if x is None:
+        return False
+    # A traced tensor does not show its tangent: it may have one.
+    return torch.compiler.is_compiling() or forward_ad.unpack_dual(x).tangent is not None
 
 
 def expect(
@@ -47,6 +58,52 @@ def expect_contiguous(name: str, x: torch.Tensor) -> None:
     """Raise ValueError unless the tensor, which will be written, is contiguous."""
     if not x.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {tuple(x.stride())}")
+
+
+def expect_apart(name: str, written: torch.Tensor, **read: torch.Tensor | None) -> None:
+    """Raise ValueError where a tensor that is written shares memory with itself or with what is read.
+
+    Ranges of addresses are compared, whatever the storage. Views that interleave, as slices of the last dimension do,
+    are refused too, though no element is shared. A traced graph has no addresses: its ops are checked when they run.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if not written.is_contiguous():
+        _expect_distinct(name, written)
+    begin, end = _addresses(written)
+    for other, x in read.items():
+        first, last = (0, 0) if x is None else _addresses(x)
+        if first < end and begin < last:
+            shared = min(end, last) - max(begin, first)
+            raise ValueError(
+                f"{name} must share no memory with {other}, got {shared} bytes in the ranges of both"
+            )
+
+
+def _addresses(x: torch.Tensor) -> tuple[int, int]:
+    """Of the first byte and behind the last; 0 and 0 without memory: meta, fake, empty."""
+    try:
+        first = x.data_ptr()
+    except RuntimeError:  # wrapped by torch.func: the op is called with what it wraps
+        return 0, 0
+    if not first:
+        return 0, 0
+    if x.is_contiguous():
+        return first, first + x.nbytes
+    steps = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    return first, first + (steps + 1) * x.element_size()
+
+
+def _expect_distinct(name: str, x: torch.Tensor) -> None:
+    """Raise ValueError unless every element has a place of its own."""
+    span = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride < span:
+                raise ValueError(
+                    f"{name} must not overlap itself, got shape {tuple(x.shape)} and strides {tuple(x.stride())}"
+                )
+            span += (size - 1) * stride
 
 
 def expect_rows(name: str, rows: torch.Tensor, device: torch.device) -> None:
@@ -144,3 +201,16 @@ def expect_attention(
         expect("order", order, (num_rows * num_heads * num_blocks,), torch.int32, device)
     if kv_len is not None:
         expect("kv_len", kv_len, (num_rows,), torch.int32, device)
+
+
+def expect_attention_apart(
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+) -> None:
+    """`expect_apart` for what attention writes: out and lse."""
+    expect_apart("out", out, lse=lse, q=q, k=k, v=v)
+    if lse is not None:
+        expect_apart("lse", lse, q=q, k=k, v=v)

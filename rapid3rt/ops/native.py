@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The native backend: hands addresses, sizes and strides of tensors to the torch-free module `_cpu`.
 
-Nothing is checked here but layouts that the kernels rely on; `rapid3rt.ops` checks what callers pass. Why the module
-is missing, if it is, is kept and told.
+Nothing is checked here but layouts that the kernels rely on, and that what is written is not read as well: a compiled
+graph has no addresses before it runs. `rapid3rt.ops` checks what callers pass. Why the module is missing, if it is,
+is kept and told. A call that computes no value goes to the reference, which checks its ids.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 
 from rapid3rt import envs
 from rapid3rt.errors import UnsupportedError
+from rapid3rt.ops import checks, reference
 
 # The same numbers stand in csrc/include/rapid3rt/dtype.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -85,20 +87,20 @@ def gather_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """As `reference.gather_rows`."""
     x, rows = x.contiguous(), rows.contiguous()
     out = x.new_empty((rows.shape[0], *x.shape[1:]))
-    total, num_bytes = x.shape[0], out.numel() * x.element_size()
-    num_rows = rows.shape[0]
-    if num_bytes:
+    num_rows, num_bytes = rows.shape[0], out.numel() * x.element_size()
+    if num_rows:  # rows of no bytes too: their ids are checked
         _module().gather_rows(
-            out.data_ptr(), x.data_ptr(), rows.data_ptr(), num_rows, total, num_bytes // num_rows, _num_threads()
+            out.data_ptr(), x.data_ptr(), rows.data_ptr(), num_rows, x.shape[0], num_bytes // num_rows, _num_threads()
         )  # fmt: skip
     return out
 
 
 def scatter_rows(out: torch.Tensor, x: torch.Tensor, rows: torch.Tensor) -> None:
     """As `reference.scatter_rows`."""
+    checks.expect_apart("out", out, x=x, rows=rows)
     x, rows = x.contiguous(), rows.contiguous()
     num_rows, num_bytes = rows.shape[0], x.numel() * x.element_size()
-    if num_bytes:
+    if num_rows:
         _module().scatter_rows(
             out.data_ptr(), x.data_ptr(), rows.data_ptr(), num_rows, out.shape[0], num_bytes // num_rows, _num_threads()
         )  # fmt: skip
@@ -108,6 +110,8 @@ def cache_lookup(
     embedded: torch.Tensor, slots: torch.Tensor, slot: torch.Tensor, coef: torch.Tensor
 ) -> torch.Tensor:
     """As `reference.cache_lookup`."""
+    if not embedded.numel():
+        return reference.cache_lookup(embedded, slots, slot, coef)
     return _lookup(embedded, slots, slot, coef, None, None, 0.0)
 
 
@@ -121,6 +125,8 @@ def cache_lookup_norm(
     eps: float,
 ) -> torch.Tensor:
     """As `reference.cache_lookup_norm`."""
+    if not embedded.numel():
+        return reference.cache_lookup_norm(embedded, slots, slot, coef, scale, shift, eps)
     return _lookup(embedded, slots, slot, coef, scale.contiguous(), shift.contiguous(), eps)
 
 
@@ -136,12 +142,11 @@ def _lookup(
     embedded, slots, slot, coef = (t.contiguous() for t in (embedded, slots, slot, coef))
     out = torch.empty_like(embedded)
     num_rows, num_tokens, width = embedded.shape
-    if out.numel():
-        _module().cache_lookup(
-            out.data_ptr(), embedded.data_ptr(), slots.data_ptr(), slot.data_ptr(), coef.data_ptr(),
-            _address(scale), _address(shift), eps, num_rows, slots.shape[0], slots.shape[1], num_tokens, width,
-            DTYPES[embedded.dtype], _num_threads(),
-        )  # fmt: skip
+    _module().cache_lookup(
+        out.data_ptr(), embedded.data_ptr(), slots.data_ptr(), slot.data_ptr(), coef.data_ptr(),
+        _address(scale), _address(shift), eps, num_rows, slots.shape[0], slots.shape[1], num_tokens, width,
+        DTYPES[embedded.dtype], _num_threads(),
+    )  # fmt: skip
     return out
 
 
@@ -153,14 +158,16 @@ def cache_store(
     gap: torch.Tensor,
 ) -> torch.Tensor:
     """As `reference.cache_store`."""
+    if not embedded.numel():
+        return reference.cache_store(slots, out, embedded, slot, gap)
+    checks.expect_apart("slots", slots, out=out, embedded=embedded, slot=slot, gap=gap)
     out, embedded, slot, gap = (t.contiguous() for t in (out, embedded, slot, gap))
     num_rows, num_tokens, width = embedded.shape
     stats = embedded.new_empty((num_rows, 3), dtype=torch.float32)
-    if out.numel():
-        _module().cache_store(
-            stats.data_ptr(), slots.data_ptr(), out.data_ptr(), embedded.data_ptr(), slot.data_ptr(), gap.data_ptr(),
-            num_rows, slots.shape[0], slots.shape[1], num_tokens, width, DTYPES[embedded.dtype], _num_threads(),
-        )  # fmt: skip
+    _module().cache_store(
+        stats.data_ptr(), slots.data_ptr(), out.data_ptr(), embedded.data_ptr(), slot.data_ptr(), gap.data_ptr(),
+        num_rows, slots.shape[0], slots.shape[1], num_tokens, width, DTYPES[embedded.dtype], _num_threads(),
+    )  # fmt: skip
     return stats
 
 
@@ -239,6 +246,10 @@ def block_sparse_attention(
     lse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `reference.block_sparse_attention`."""
+    if not q.numel():
+        return reference.block_sparse_attention(
+            q, k, v, mode, count, index, order, kv_len, block_q, block_kv, scale, lse
+        )
     num_rows, num_heads, len_q, head_dim = q.shape
     out = q.new_empty((num_rows, len_q, num_heads, head_dim)).transpose(1, 2)
     sums = q.new_empty((num_rows, num_heads, len_q) if lse else (0,), dtype=torch.float32)
@@ -264,6 +275,10 @@ def block_sparse_attention_(
 ) -> None:
     """As `reference.block_sparse_attention_`."""
     lists = (mode, count, index, order, kv_len)
+    if not q.numel():
+        reference.block_sparse_attention_(out, lse, q, k, v, *lists, block_q, block_kv, scale)
+        return
+    checks.expect_attention_apart(out, lse, q, k, v)
     _attend(out, lse, q, k, v, lists, (block_q, block_kv), scale, True)
 
 
@@ -280,8 +295,6 @@ def _attend(
 ) -> None:
     mode, count, index, order, kv_len = lists
     assert mode is not None
-    if not out.numel():
-        return
     mode = mode.contiguous()
     order, kv_len = (None if t is None else t.contiguous() for t in (order, kv_len))
     # The lists may be expanded over rows and heads: only the last dimension is made contiguous.

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from rapid3rt.ops import checks
+
 DENSE, LIST, SKIP = 0, 1, 2
 
 
@@ -41,8 +43,9 @@ def scatter_rows(out: torch.Tensor, x: torch.Tensor, rows: torch.Tensor) -> None
 
     Raises
     ------
-    ValueError: an id outside the range or twice (CPU).
+    ValueError: an id outside the range or twice (CPU); x or rows within the memory of out.
     """
+    checks.expect_apart("out", out, x=x, rows=rows)
     _check_ids("rows", rows, out.shape[0], unique=True)
     out.index_copy_(0, rows.long(), x)
 
@@ -107,12 +110,13 @@ def cache_store(
     Returns
     -------
     float32 `[R, 3]`: drift = mean|r - old r| / mean|old r| (0 where gap is 0), mean and standard deviation
-    (population) of r.
+    (population) of r. All 0 where there are no values, I or D being 0.
 
     Raises
     ------
-    ValueError: a slot outside the range or twice (CPU).
+    ValueError: a slot outside the range or twice (CPU); another tensor within the memory of slots.
     """
+    checks.expect_apart("slots", slots, out=out, embedded=embedded, slot=slot, gap=gap)
     _check_ids("slot", slot, slots.shape[0], unique=True)
     work = torch.promote_types(out.dtype, torch.float32)
     r = out.to(work) - embedded.to(work)
@@ -134,7 +138,8 @@ def cache_store(
     for order in range(slots.shape[1]):
         slots[where, order] = value.to(slots.dtype)
         value = torch.where(known, (value - old[:, order]) / wide_gap, torch.zeros_like(value))
-    return torch.stack((drift, mean, std), dim=1).float()
+    stats = torch.stack((drift, mean, std), dim=1).float()
+    return stats if r.numel() else torch.zeros_like(stats)
 
 
 def norm_modulate(
@@ -275,7 +280,12 @@ def block_sparse_attention_(
     ----------
     out: `[R, H, Nq, K]`, last stride 1, written. lse: float32 `[R, H, Nq]` contiguous or None, written. The others
     as in `block_sparse_attention`.
+
+    Raises
+    ------
+    ValueError: lists out of range (CPU); one of q, k, v, lse within the memory of out or lse.
     """
+    checks.expect_attention_apart(out, lse, q, k, v)
     if order is not None:  # only tells kernels where to begin
         _check_ids("order", order, order.shape[0], unique=True)
     _check_lists(mode, count, index, kv_len, -(-k.shape[2] // block_kv), k.shape[2])

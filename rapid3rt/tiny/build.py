@@ -3,8 +3,8 @@
 
 Three stages, each resumable from its own checkpoint in the work folder: the VAE on drawn scenes; a table of encoded
 latents; text encoders and transformer together. The last stage keeps an exponential average of the weights, which is
-what ships. Pipelines that share a work folder share VAE and table. CPU or GPU; matrix products in bfloat16 where the
-processor is fast at it, weights and optimiser in float32.
+what ships. Pipelines that share a work folder share VAE and table; a folder that another recipe made is refused. CPU or
+GPU; matrix products in bfloat16 where the processor is fast at it, weights and optimiser in float32.
 """
 
 from __future__ import annotations

@@ -35,6 +35,18 @@ from rapid3rt.tiny.sd3 import encode_prompts
 
 GUIDANCE_RANGE = (1.0, 5.0)
 
+# What decides T5's first stage; the layers, because their weights are drawn from the same numbers before it.
+T5_FIELDS = (
+    "seed",
+    "num_latents",
+    "batch",
+    "warmup",
+    "text_steps",
+    "long_text_share",
+    "double_layers",
+    "single_layers",
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FluxRecipe(parts.Recipe):
@@ -108,7 +120,9 @@ def train_flux(
         start_from_teacher(model, read, teacher)
     average = parts.make_average(model, recipe)
     optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    checkpoint = parts.Checkpoint(path, {"model": model, "average": average}, optimiser)
+    modules: dict[str, nn.Module] = {"model": model, "average": average}
+    fields = parts.transformer_recipe(recipe)
+    checkpoint = parts.Checkpoint(path, modules, optimiser, fields)
     start = checkpoint.load()
     if compiled:
         model["transformer"].compile(dynamic=False)
@@ -150,7 +164,8 @@ def train_t5(
     read = nn.Linear(128, 128).to(device)
     modules: dict[str, nn.Module] = {"t5": t5, "read": read}
     optimiser = torch.optim.AdamW([*t5.parameters(), *read.parameters()], weight_decay=0.01)
-    checkpoint = parts.Checkpoint(work / "t5.safetensors", modules, optimiser)
+    fields = parts.deciding(recipe, T5_FIELDS)
+    checkpoint = parts.Checkpoint(work / "t5.safetensors", modules, optimiser, fields)
     start = checkpoint.load()
     bar = tqdm(range(start, recipe.text_steps), initial=start, total=recipe.text_steps, desc="t5")
     for step in bar:

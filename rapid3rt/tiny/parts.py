@@ -6,7 +6,9 @@ Everything is drawn from counters (seed, step), so a resumed run sees the same b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,12 @@ from rapid3rt.tiny import scenes as world
 
 PAD, BOS, UNK, EOS = 0, 1, 2, 3
 MAX_TOKENS = 32
+
+# The fields of a recipe that decide a stage; the transformers depend on all but NOT_TRAINED_WITH.
+VAE_FIELDS = ("seed", "vae_steps", "vae_batch", "vae_rate", "kl_weight")
+TABLE_FIELDS = (*VAE_FIELDS, "num_latents")
+DECODER_FIELDS = (*VAE_FIELDS, "decoder_steps")
+NOT_TRAINED_WITH = ("decoder_steps", "shift")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,13 +129,43 @@ def make_vae() -> AutoencoderKL:
     )
 
 
+def deciding(recipe: Recipe, fields: Iterable[str]) -> dict[str, float]:
+    """The values of some fields of a recipe."""
+    return {name: getattr(recipe, name) for name in fields}
+
+
+def transformer_recipe(recipe: Recipe) -> dict[str, float]:
+    """What decides the trained weights of a pipeline, its VAE's decoder aside."""
+    return {k: v for k, v in asdict(recipe).items() if k not in NOT_TRAINED_WITH}
+
+
+def check_recipe(path: Path, recipe: dict[str, float]) -> dict[str, str]:
+    """Return a file's metadata. Raise ValueError where it was made by another recipe; files that tell none pass."""
+    with safe_open(path, framework="pt") as file:
+        metadata: dict[str, str] = file.metadata() or {}
+    made_by = json.loads(metadata.get("recipe", "{}"))
+    for field, value in recipe.items():
+        if made_by.get(field, value) != value:
+            raise ValueError(
+                f"{path} must be of a recipe with {field} = {value}, got {made_by[field]}; give another --work folder"
+            )
+    return metadata
+
+
 class Checkpoint:
-    """Atomic safetensors snapshots of modules, an AdamW and a step counter. One file per stage."""
+    """Atomic safetensors snapshots of modules, an AdamW and a step counter. One file per stage.
+
+    recipe: the fields that decide the stage; a file of another recipe is refused.
+    """
 
     def __init__(
-        self, path: Path, modules: dict[str, nn.Module], optimiser: torch.optim.AdamW
+        self,
+        path: Path,
+        modules: dict[str, nn.Module],
+        optimiser: torch.optim.AdamW,
+        recipe: dict[str, float],
     ) -> None:
-        self.path, self.modules, self.optimiser = path, modules, optimiser
+        self.path, self.modules, self.optimiser, self.recipe = path, modules, optimiser, recipe
 
     def save(self, step: int) -> None:
         """Write everything, then rename: an interrupted save leaves the previous file."""
@@ -142,13 +180,15 @@ class Checkpoint:
                 for k, v in state.items()
             }
         scratch = self.path.with_suffix(".tmp")
-        save_file(tensors, scratch, metadata={"step": str(step)})
+        metadata = {"step": str(step), "recipe": json.dumps(self.recipe)}
+        save_file(tensors, scratch, metadata=metadata)
         scratch.replace(self.path)
 
     def load(self) -> int:
         """Restore and return the step to go on with; 0 where there is no file."""
         if not self.path.exists():
             return 0
+        step = int(check_recipe(self.path, self.recipe)["step"])
         tensors = load_file(self.path)
         for m, module in self.modules.items():
             prefix = f"module/{m}/"
@@ -162,8 +202,7 @@ class Checkpoint:
                 state.setdefault(int(i), {})[name] = value
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state, "param_groups": groups})
-        with safe_open(self.path, framework="pt") as file:
-            return int(file.metadata()["step"])
+        return step
 
 
 def generator(*key: int) -> np.random.Generator:
@@ -174,11 +213,10 @@ def generator(*key: int) -> np.random.Generator:
 def set_rate(
     optimiser: torch.optim.Optimizer, peak: float, step: int, steps: int, warmup: int
 ) -> None:
-    """Linear warm-up, then cosine to 1 % of the peak."""
+    """Linear warm-up over `warmup` steps, none for 0; then cosine to 1 % of the peak."""
     progress = max(step - warmup, 0) / max(steps - warmup, 1)
-    rate = (
-        peak * min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * progress)))
-    )
+    warm = min(1.0, (step + 1) / max(warmup, 1))
+    rate = peak * warm * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * progress)))
     for group in optimiser.param_groups:
         group["lr"] = rate
 
@@ -187,10 +225,12 @@ def train_vae(recipe: Recipe, work: Path, device: torch.device) -> AutoencoderKL
     """Stage 1: mean squared error and a KL term on drawn scenes; then the decoder alone, without the noise."""
     torch.manual_seed(recipe.seed)
     vae = make_vae().to(device, memory_format=torch.channels_last)
-    checkpoint = Checkpoint(work / "vae.safetensors", {"vae": vae}, _vae_optimiser(vae))
+    fields = deciding(recipe, VAE_FIELDS)
+    checkpoint = Checkpoint(work / "vae.safetensors", {"vae": vae}, _vae_optimiser(vae), fields)
     _train_vae_phase(recipe, vae, checkpoint, recipe.vae_steps, noise=True)
     optimiser = _vae_optimiser(vae.decoder)
-    checkpoint = Checkpoint(work / "decoder.safetensors", {"vae": vae}, optimiser)
+    fields = deciding(recipe, DECODER_FIELDS)
+    checkpoint = Checkpoint(work / "decoder.safetensors", {"vae": vae}, optimiser, fields)
     _train_vae_phase(recipe, vae, checkpoint, recipe.decoder_steps, noise=False)
     return vae.eval()
 
@@ -241,7 +281,7 @@ def encode_table(
     recipe: Recipe, vae: AutoencoderKL, work: Path
 ) -> tuple[torch.Tensor, float, float]:
     """Stage 2: latents of the training scenes, normalised: bf16 `[n, 4, 32, 32]`, with their shift and scale."""
-    path = work / "latents.safetensors"
+    path, fields = work / "latents.safetensors", deciding(recipe, TABLE_FIELDS)
     if not path.exists():
         device = next(vae.parameters()).device
         chunks = []
@@ -256,8 +296,10 @@ def encode_table(
         mean, std = table.mean(), table.std()
         table = ((table - mean) / std).to(torch.bfloat16).contiguous()
         scratch = path.with_suffix(".tmp")
-        save_file({"latents": table, "mean": mean, "std": std}, scratch)
+        metadata = {"recipe": json.dumps(fields)}
+        save_file({"latents": table, "mean": mean, "std": std}, scratch, metadata=metadata)
         scratch.replace(path)
+    check_recipe(path, fields)
     stored = load_file(path)
     return stored["latents"], float(stored["mean"]), 1 / float(stored["std"])
 

@@ -113,7 +113,10 @@ def train_sd3(
     average = parts.make_average(model, recipe)
     optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     checkpoint = parts.Checkpoint(
-        work / "sd3.safetensors", {"model": model, "average": average}, optimiser
+        work / "sd3.safetensors",
+        {"model": model, "average": average},
+        optimiser,
+        parts.transformer_recipe(recipe),
     )
     start = checkpoint.load()
     if compiled:

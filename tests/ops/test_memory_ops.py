@@ -224,3 +224,11 @@ def test_row_units_share_nothing_with_the_base_build(isa: str, tmp_path: Path) -
     system = {name for name in units.includes(unit) if name.startswith("<")}
     assert system == {"<immintrin.h>", "<stdint.h>"}
     units.test_an_object_shares_nothing_with_the_base_build(unit, tmp_path)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize(("tokens", "width"), [(0, 8), (4, 0)])
+def test_statistics_of_no_values_are_zero(tokens: int, width: int, backend: str) -> None:
+    x, slots = torch.zeros(2, tokens, width), torch.zeros(3, 2, tokens, width)
+    slot, gap = torch.tensor([2, 0], dtype=torch.int32), torch.tensor([0.0, 0.5])
+    assert torch.equal(ops.cache_store(slots, x, x, slot, gap, backend=backend), torch.zeros(2, 3))

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,8 @@ import pytest
 import torch
 import transformers
 from diffusers import FluxPipeline, StableDiffusion3Pipeline
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import rapid3rt
 from rapid3rt.policies.fixed import Dense
@@ -60,6 +64,60 @@ def test_an_interrupted_build_ends_in_the_same_weights(
         name = f"{part}/diffusion_pytorch_model.safetensors"
         whole, resumed = (load_file(tmp_path / run / name) for run in ("whole", "resumed"))
         assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_no_warmup_begins_at_the_peak() -> None:
+    optimiser = torch.optim.SGD([torch.zeros(1)])
+    rates = []
+    for warmup in (0, 4):
+        parts.set_rate(optimiser, 1e-3, 0, 10, warmup)
+        rates.append(optimiser.param_groups[0]["lr"])
+    assert rates == pytest.approx([1e-3, 0.25e-3])
+
+
+def forget_recipes(work: Path) -> None:
+    """Make the files of a work folder what they were before they told their recipe."""
+    for path in work.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            kept = {k: v for k, v in file.metadata().items() if k == "step"}
+        save_file(load_file(path), path, metadata=kept or None)
+
+
+def test_a_work_folder_is_tied_to_its_recipe(tmp_path: Path) -> None:
+    out, work, device = tmp_path / "out", tmp_path / "work", torch.device("cpu")
+    sd3.build_sd3(SMALL, out, work, device)
+    for stage, field, value in (
+        ("vae", "seed", 2),
+        ("vae", "vae_rate", 1e-3),
+        ("decoder", "decoder_steps", 3),
+        ("latents", "num_latents", 200),
+        ("sd3", "steps", 3),
+        ("sd3", "object_weight", 1.0),
+    ):
+        got = re.escape(str(getattr(SMALL, field)))
+        message = (
+            rf"{stage}.safetensors must be of a recipe with {field} = {value}, got {got}; give"
+        )
+        with pytest.raises(ValueError, match=message):
+            sd3.build_sd3(replace(SMALL, **{field: value}), out, work, device)
+    sd3.build_sd3(replace(SMALL, shift=3.0), out, work, device)
+    forget_recipes(work)
+    sd3.build_sd3(replace(SMALL, seed=2), out, work, device)
+
+
+def test_a_flux_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    for name, given in (
+        ("t5.safetensors", parts.deciding(SMALL_FLUX, flux.T5_FIELDS)),
+        ("flux.safetensors", parts.transformer_recipe(SMALL_FLUX)),
+    ):
+        metadata = {"step": "1", "recipe": json.dumps(given | {"text_steps": 3})}
+        save_file({}, tmp_path / name, metadata=metadata)
+        with pytest.raises(
+            ValueError, match=f"{name} must be of a recipe with text_steps = 2, got 3"
+        ):
+            flux.train_flux(
+                SMALL_FLUX, load_tiny("sd3"), torch.empty(0), tmp_path, torch.device("cpu")
+            )
 
 
 def test_a_flux_build_gives_a_pipeline_that_runs(tmp_path: Path) -> None:
