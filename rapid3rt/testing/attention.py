@@ -94,13 +94,14 @@ def listed_mask(arguments: tuple[Any, ...]) -> torch.Tensor:
     """
     q, k, _, mode, count, index, _, _, block_q, block_kv = arguments[:10]
     blocks_q, blocks_kv = -(-q.shape[2] // block_q), -(-k.shape[2] // block_kv)
-    seen = (mode == 0)[..., None, None].expand(*mode.shape, blocks_q, blocks_kv)
+    seen: torch.Tensor = (mode == 0)[..., None, None].expand(*mode.shape, blocks_q, blocks_kv)
     if count is None:
         return seen
     beyond = torch.where(_in_list(count, index), index, blocks_kv).long()
     listed = torch.zeros(*count.shape, blocks_kv + 1, dtype=torch.bool, device=k.device)
     listed.scatter_(-1, beyond, True)
-    return seen | listed[..., :blocks_kv] & (mode == 1)[..., None, None]
+    seen = seen | listed[..., :blocks_kv] & (mode == 1)[..., None, None]
+    return seen
 
 
 def listed_flops(arguments: tuple[Any, ...]) -> int:

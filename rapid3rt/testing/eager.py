@@ -83,7 +83,9 @@ def _lookup(
         if not norm:
             return x
         scale, shift, eps = norm
-        return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale[:, None]) + shift[:, None]
+        normed = F.layer_norm(x, x.shape[-1:], eps=eps)
+        modulated: torch.Tensor = normed * (1 + scale[:, None]) + shift[:, None]
+        return modulated
 
     return lookup
 
