@@ -2,11 +2,11 @@
 """The ops that callers use: they check, choose a backend and call it. Definitions: `rapid3rt.ops.reference`.
 
 Every op is for inference: inputs that require a gradient while gradients are enabled are refused, and so are those
-that carry a tangent of forward-mode differentiation. `backend` is
-"native", "flex" or "reference", None for RAPID3RT_BACKEND and then the best there is; an explicit choice that is not
-available raises UnsupportedError. Wrong shapes, dtypes, devices and layouts raise ValueError, and so do, on the CPU,
-ids out of range. Tensors are float32, bfloat16 or float16 unless said otherwise; inputs of any layout are taken, and
-copied where a kernel needs them contiguous.
+that carry a tangent of forward-mode differentiation. `backend` is "native", "flex" or "reference", None for
+RAPID3RT_BACKEND and then the best there is; an explicit choice that is not available raises UnsupportedError. Wrong
+shapes, dtypes, devices and layouts raise ValueError, and so do, on the CPU, ids out of range. Tensors are float32,
+bfloat16 or float16 unless said otherwise; inputs of any layout are taken, and copied where a kernel needs them
+contiguous.
 Letters: R rows, S slots, O orders, I tokens, D width, H heads, N tokens, K head dim, Mq / Mk query / key blocks.
 """
 

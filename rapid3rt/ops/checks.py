@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the wrappers of `rapid3rt.ops` demand of their tensors. Reads shapes, dtypes and layouts, never values."""
+"""What `rapid3rt.ops` demands of its tensors. Reads shapes, dtypes, layouts and addresses, never values."""
 
 from __future__ import annotations
 
