@@ -100,8 +100,8 @@ def listed_mask(arguments: tuple[Any, ...]) -> torch.Tensor:
     beyond = torch.where(_in_list(count, index), index, blocks_kv).long()
     listed = torch.zeros(*count.shape, blocks_kv + 1, dtype=torch.bool, device=k.device)
     listed.scatter_(-1, beyond, True)
-    seen = seen | listed[..., :blocks_kv] & (mode == 1)[..., None, None]
-    return seen
+    chosen: torch.Tensor = listed[..., :blocks_kv] & (mode == 1)[..., None, None]
+    return seen | chosen
 
 
 def listed_flops(arguments: tuple[Any, ...]) -> int:
