@@ -13,7 +13,7 @@ from rapid3rt.calibrate import calibrate, format_table
 from rapid3rt.tiny import GUIDANCE, load_tiny
 from rapid3rt.tiny.scenes import sample
 
-NUM_PROMPTS = {"sd3": 64, "flux": 128}
+NUM_PROMPTS = 128
 SEED = 3
 CALL = {"guidance_scale": GUIDANCE, "max_sequence_length": 32}
 
@@ -21,12 +21,11 @@ CALL = {"guidance_scale": GUIDANCE, "max_sequence_length": 32}
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Calibrate a bundled tiny pipeline.")
-    parser.add_argument("model", choices=NUM_PROMPTS)
+    parser.add_argument("model", help="sd3 or flux")
     parser.add_argument("--out", type=Path, required=True, help="policy folder; resumes")
-    parser.add_argument("--prompts", type=int, help="of the calibration split")
+    parser.add_argument("--prompts", type=int, default=NUM_PROMPTS, help="of the calibration split")
     options = parser.parse_args(arguments)
-    count = options.prompts or NUM_PROMPTS[options.model]
-    prompts = [scene.caption for scene in sample(count, SEED, "calibration")]
+    prompts = [scene.caption for scene in sample(options.prompts, SEED, "calibration")]
     folder = calibrate(load_tiny(options.model), prompts, options.out, batch_size=16, call=CALL)
     print(format_table(folder.provenance["mean_squared_error"]))
 

@@ -23,7 +23,7 @@ def test_a_bundled_policy_is_of_its_pipeline_and_of_this_recipe(model: str) -> N
     assert folder.model == model_id(load_tiny(model).transformer)
     assert folder.schedule.family == model
     assert folder.costs.measured
-    assert folder.provenance["prompts"] == policy.NUM_PROMPTS[model]
+    assert folder.provenance["prompts"] == policy.NUM_PROMPTS
     assert folder.provenance["call"] == policy.CALL
 
 
