@@ -97,9 +97,9 @@ def drive(policy: Policy, run: Run, world: World, cap: int | None = None) -> Wal
             "done": done,
             "has_reference": nfe > 0,
             "latents": world.noise,
-            "reference": world.noise,
+            "reference": world.noise.roll(1, -1),
             "drift": drift,
-            "conditioning": torch.zeros(count, 8),
+            "conditioning": world.noise.flatten(1)[:, :8],
         }
         decision = policy.decide_compute(DenoiseState(**state))
         computes = (decision.action == COMPUTE) | (nfe == 0)

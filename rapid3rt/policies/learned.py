@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The learned policy: heads on top of a prior, sampled in training, at their modes in serving (METHOD.md, section 2).
+
+Four heads, each of them optional. `cache` says before the forward whether to compute or reuse, `sparse` how sparsely to
+compute; `allocation` stretches an image's plan after its first evaluation; `step` says how far to go. Every head adds
+to what the prior says. Without a prior (the recipe of the paper) heads start from their own biases.
+
+Every choice is a `Decision`. Its log-probability is computed from what it stores alone: observation, conditioning and
+scalars, small and rounded. So an update never runs the generator, and a served decision is a stored one's.
+
+Shape letters: B images, C latent channels, D model width, S scalars, A actions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rapid3rt.policies.base import SIGMA_MIN
+from rapid3rt.policies.heads import Head, observe, with_validity
+from rapid3rt.policies.prior import Prior, step_logits
+from rapid3rt.policies.sampling import (
+    Noise,
+    beta_entropy,
+    beta_log_prob,
+    beta_mode,
+    choice_entropy,
+    choice_log_prob,
+)
+from rapid3rt.types import COMPUTE, ComputeDecision, DenoiseState, Run, StepDecision
+
+HEADS = ("cache", "sparse", "allocation", "step")
+SCALARS = (
+    "planned / ticks",
+    "left / planned",
+    "left / ticks left",
+    "since compute / ticks",
+    "drift",
+    "velocity change",
+    "velocity change before",
+    "log rms of observation",
+    "log sigma",
+)
+STRETCHES = tuple(2 ** (j / 3) for j in range(-3, 4))
+"""What the allocation head multiplies an image's plan by."""
+_STAY = 2.0
+"""Prior logit of the plan as it is."""
+_DENSER = -3.0
+"""Prior logit of each sparse level below the one before."""
+_PAPER_STEP = (2.5, 1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadsConfig:
+    """Everything that decides the shapes. family: of the model. channels: C of the latent grid that policies see.
+    conditioning: D. heads: names, each once. levels: sparsity levels, dense included. side: cells per side that heads
+    see, None for all. has_prior: whether heads add to a searched family's walk."""
+
+    family: str
+    channels: int
+    conditioning: int
+    heads: tuple[str, ...] = ("allocation", "step")
+    levels: int = 4
+    width: int = 128
+    side: int | None = None
+    has_prior: bool = True
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.heads if name not in HEADS]
+        if unknown or not self.heads or len(set(self.heads)) != len(self.heads):
+            raise ValueError(
+                f"heads must be some of {', '.join(HEADS)}, each once, got {self.heads}"
+            )
+        if "allocation" in self.heads and not self.has_prior:
+            raise ValueError(
+                "heads must not hold 'allocation' without a prior, whose plan it stretches"
+            )
+
+    def outputs(self, head: str) -> int:
+        """Numbers that a head gives."""
+        return {"cache": 2, "sparse": self.levels, "allocation": len(STRETCHES), "step": 2}[head]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """One head's choice for all images at one tick.
+
+    observation: bfloat16 `[B, C, h, w]`. conditioning: bfloat16 `[B, D]`. scalars: float32 `[B, 2 S]`. prior: float32
+    `[B, A]`, what the head's outputs are added to. action: float32 ratios of a step, else int64 indices, `[B]`. live:
+    bool `[B]`, False where the choice was void or forced: it has no log-probability.
+    """
+
+    head: str
+    tick: int
+    observation: torch.Tensor
+    conditioning: torch.Tensor
+    scalars: torch.Tensor
+    prior: torch.Tensor
+    action: torch.Tensor
+    live: torch.Tensor
+
+
+class Heads(nn.Module):
+    """The trained part: a `Head` for every name of the config."""
+
+    def __init__(self, config: HeadsConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.by_name = nn.ModuleDict(
+            {
+                name: Head(
+                    config.channels,
+                    config.conditioning,
+                    config.outputs(name),
+                    width=config.width,
+                    num_scalars=len(SCALARS),
+                    bias=self._bias(name),
+                )
+                for name in config.heads
+            }
+        )
+
+    def _bias(self, name: str) -> Sequence[float] | None:
+        if self.config.has_prior:
+            return None
+        return _PAPER_STEP if name == "step" else [0.0] * self.config.outputs(name)
+
+    def forward(
+        self,
+        head: str,
+        observation: torch.Tensor,
+        conditioning: torch.Tensor,
+        scalars: torch.Tensor,
+        prior: torch.Tensor,
+    ) -> torch.Tensor:
+        """The parameters of a head's distribution: (a, b) of Beta(1 + e^a, 1 + e^b) for `step`, else logits."""
+        outputs: torch.Tensor = self.by_name[head](observation, conditioning, scalars)
+        return prior + outputs
+
+    def evaluate(self, decision: Decision) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability and entropy of a stored decision in nat, float32 `[B]` each; 0 where it was not live."""
+        logits = self(
+            decision.head,
+            decision.observation,
+            decision.conditioning,
+            decision.scalars,
+            decision.prior,
+        )
+        if decision.head == "step":
+            alpha, beta = _concentrations(logits)
+            values = beta_log_prob(decision.action, alpha, beta), beta_entropy(alpha, beta)
+        else:
+            values = choice_log_prob(decision.action, logits), choice_entropy(logits)
+        log_prob, entropy = (torch.where(decision.live, value, 0.0) for value in values)
+        return log_prob, entropy
+
+
+class LearnedPolicy:
+    """Heads in a run.
+
+    Parameters
+    ----------
+    heads: their distributions. prior: what they add to, None for the recipe of the paper. order: of every step.
+    seeds: one per image, to sample in training; None serves modes and the most likely choices. record: told every
+    decision of a run.
+    """
+
+    leaves_grid = True
+
+    def __init__(
+        self,
+        heads: Heads,
+        prior: Prior | None,
+        *,
+        order: int,
+        name: str = "learned",
+        seeds: Callable[[Run], Sequence[int]] | None = None,
+        record: Callable[[Decision], None] | None = None,
+    ) -> None:
+        if heads.config.has_prior != (prior is not None):
+            raise ValueError(
+                f"prior must {'' if heads.config.has_prior else 'not '}be given for these heads, got {prior!r}"
+            )
+        self.heads, self.prior, self.order, self.name = heads, prior, order, name
+        self.reuses = "cache" in heads.config.heads
+        self._seeds, self._record = seeds, record
+        self._noise: Noise | None = None
+
+    def begin(self, run: Run) -> None:
+        """Raises `ValueError` if the run is of another model family."""
+        if run.family != self.heads.config.family:
+            raise ValueError(
+                f"family must be '{self.heads.config.family}', for which {self.name} was made, got '{run.family}'"
+            )
+        if self.prior is not None:
+            self.prior.begin(run)
+        self._run = run
+        self._noise = None
+        if self._seeds is not None:
+            self._noise = Noise(self._seeds(run), run.ticks, run.device)
+        unknown = torch.full((run.images,), math.nan, device=run.device)
+        self._change, self._change_before = unknown, unknown
+        self._velocity: torch.Tensor | None = None
+        self._stretch = torch.ones(run.images, device=run.device)
+        self._left = unknown
+
+    def decide_compute(self, state: DenoiseState) -> ComputeDecision:
+        names = self.heads.config.heads
+        action = torch.full_like(state.nfe, COMPUTE, dtype=torch.int8)
+        sparsity = torch.zeros_like(state.nfe, dtype=torch.int32)
+        if "cache" in names:
+            seen = (state.latents - state.reference).masked_fill(
+                ~state.has_reference[:, None, None, None], 0.0
+            )
+            live = state.has_reference & ~state.done & ~self._is_spent(state)
+            prior = torch.zeros(len(live), 2, device=live.device)
+            chosen = self._choose("cache", state, seen, prior, live)
+            action = torch.where(live, chosen, COMPUTE).to(torch.int8)
+        if "sparse" in names:
+            live = (action == COMPUTE) & ~state.done & ~self._is_spent(state)
+            prior = torch.full((len(live), self.heads.config.levels), _DENSER, device=live.device)
+            prior[:, 0] = 0.0
+            sparsity = self._choose("sparse", state, state.latents, prior, live).to(torch.int32)
+        return ComputeDecision(action=action, sparsity=sparsity)
+
+    def decide_step(self, state: DenoiseState, velocity: torch.Tensor) -> StepDecision:
+        assert state.computes is not None
+        self._note(velocity, state.computes)
+        if "allocation" in self.heads.config.heads and state.tick == 0:
+            self._allocate(state, velocity)
+        if self.prior is None:
+            ratio, forced = None, torch.zeros_like(state.done)
+        else:
+            self._left = self.prior.left(state, velocity, self._stretch)
+            ratio, forced = self.prior.ratio(state.sigma, self._left), self._left <= 1
+        if "step" in self.heads.config.heads:
+            prior = (
+                torch.zeros(len(forced), 2, device=forced.device)
+                if ratio is None
+                else step_logits(ratio)
+            )
+            ratio = self._choose("step", state, velocity, prior, ~forced & ~state.done)
+        assert ratio is not None
+        following = torch.where(forced, 0.0, state.sigma * ratio)
+        following = following.masked_fill(following < SIGMA_MIN, 0.0)
+        order = torch.full_like(state.nfe, self.order, dtype=torch.int8)
+        return StepDecision(next_sigma=following, order=order)
+
+    def _allocate(self, state: DenoiseState, velocity: torch.Tensor) -> None:
+        predicted = state.latents - state.sigma[:, None, None, None] * velocity
+        live = ~state.done
+        if self.prior is None or not self.prior.allocates:
+            return
+        prior = torch.zeros(len(live), len(STRETCHES), device=live.device)
+        prior[:, len(STRETCHES) // 2] = _STAY
+        chosen = self._choose("allocation", state, predicted, prior, live)
+        self._stretch = torch.tensor(STRETCHES, device=live.device)[chosen]
+
+    def _choose(
+        self,
+        head: str,
+        state: DenoiseState,
+        seen: torch.Tensor,
+        prior: torch.Tensor,
+        live: torch.Tensor,
+    ) -> torch.Tensor:
+        """Ask a head about all images, and record what it said."""
+        observation = observe(seen, self.heads.config.side)
+        conditioning = state.conditioning.bfloat16()
+        scalars = self._scalars(state, observation)
+        with torch.no_grad():
+            logits = self.heads(head, observation, conditioning, scalars, prior)
+        if head == "step":
+            alpha, beta = _concentrations(logits)
+            sampled = None if self._noise is None else self._noise.ratio(state.tick, alpha, beta)
+            action = beta_mode(alpha, beta) if sampled is None else sampled
+        elif self._noise is None:
+            action = logits.argmax(1)
+        else:
+            action = self._noise.choice(state.tick, HEADS.index(head), logits)
+        if self._record is not None:
+            self._record(
+                Decision(
+                    head=head,
+                    tick=state.tick,
+                    observation=observation,
+                    conditioning=conditioning,
+                    scalars=scalars,
+                    prior=prior,
+                    action=action,
+                    live=live,
+                )
+            )
+        return action
+
+    def _scalars(self, state: DenoiseState, observation: torch.Tensor) -> torch.Tensor:
+        """In the order of `SCALARS`."""
+        ticks = self._run.ticks
+        planned = None if self.prior is None else self.prior.mean * self._stretch
+        drift = torch.where(state.has_reference, state.drift, math.nan)
+        rms = observation.float().square().mean((1, 2, 3)).sqrt()
+        return with_validity(
+            [
+                None if planned is None else planned / ticks,
+                None if planned is None else self._left / planned,
+                self._left / (ticks - state.tick),
+                state.since_compute / ticks,
+                drift,
+                self._change,
+                self._change_before,
+                (rms + 1e-4).log(),
+                state.sigma.clamp(min=1e-4).log(),
+            ],
+            len(state.sigma),
+        )
+
+    def _note(self, velocity: torch.Tensor, computes: torch.Tensor) -> None:
+        """Remember how much the velocity changed between computes."""
+        if self._velocity is None:
+            self._velocity = velocity
+            return
+        change = _norm(velocity - self._velocity) / _norm(velocity).clamp(min=1e-6)
+        self._change_before = torch.where(computes, self._change, self._change_before)
+        self._change = torch.where(computes, change, self._change)
+        self._velocity = torch.where(computes[:, None, None, None], velocity, self._velocity)
+
+    def _is_spent(self, state: DenoiseState) -> torch.Tensor:
+        budget = self._run.budget
+        return state.nfe >= (self._run.ticks + 1 if budget is None else budget)
+
+
+def _concentrations(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    alpha, beta = (1 + logits.exp()).unbind(1)
+    return alpha, beta
+
+
+def _norm(x: torch.Tensor) -> torch.Tensor:
+    return x.float().square().sum((1, 2, 3)).sqrt()

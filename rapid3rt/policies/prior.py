@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a learned policy does before it has learned anything: walk the searched grid, with the searched allocation.
+
+The heads add to it, so what they are worth is what they change (METHOD.md, section 2). Shape letter: B images.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rapid3rt.policies.allocation import Allocator
+from rapid3rt.policies.base import (
+    Warp,
+    WarpedTime,
+    check_family,
+    planned_evaluations,
+    unshift_sigma,
+)
+from rapid3rt.policies.schedule import WarpFamily
+from rapid3rt.types import DenoiseState, Run
+
+SPREAD = 0.15
+"""Relative spread of a sampled step. Noise far above the effects that are sought drowns them: at a constant
+concentration of 40 the sampled error was 1.3 to 2.3 times that of the mode."""
+_RATIOS = (1e-3, 1 - 1e-3)
+_CONCENTRATION = (20.0, 4000.0)
+
+
+class Prior:
+    """Plan and next step of every image in one run.
+
+    budget: every image gets so many evaluations, counted. speed: ticks / speed is the mean of what images get, by the
+    family's allocation where it has one, else what every image gets. Neither: the run's ticks.
+    """
+
+    def __init__(
+        self, family: WarpFamily, *, budget: int | None = None, speed: float | None = None
+    ) -> None:
+        self.family, self.budget, self.speed = family, budget, speed
+        self.mean = 0.0
+        """Evaluations of an image in the mean, as asked for; of the run that has begun."""
+        self._time: WarpedTime | None = None
+        self._allocator: Allocator | None = None
+
+    def begin(self, run: Run) -> None:
+        """Raises `ValueError` if the run is of another model family."""
+        check_family(self.family.family, run, "the policy")
+        warp = Warp(self.family.knots)
+        self._time, self._ticks = WarpedTime(run, warp), run.ticks
+        self._start = warp.inverse(unshift_sigma(run.sigmas[0], run.shift))
+        self.mean = float(planned_evaluations(run, self.budget, self.speed))
+        self._allocator = None
+        by_speed = self.speed is not None and self.budget is None and run.budget is None
+        if by_speed and self.family.allocation is not None:
+            assert self.speed is not None
+            self.mean = run.ticks / self.speed
+            self._allocator = Allocator(self.family.allocation, self.mean, run, self._start)
+
+    @property
+    def allocates(self) -> bool:
+        """Whether images have numbers of their own in the run that has begun."""
+        return self._allocator is not None
+
+    def left(
+        self, state: DenoiseState, velocity: torch.Tensor, stretch: torch.Tensor
+    ) -> torch.Tensor:
+        """Evaluations that are left to every image, this tick's included: float32 `[B]` of whole numbers.
+
+        stretch: float32 `[B]`, what an allocation head multiplies the plan by; 1 adds nothing.
+        """
+        assert self._time is not None
+        if self._allocator is None:
+            return (self.mean - state.nfe).clamp(min=1)
+        u = self._time.u(state.sigma)
+        return self._allocator.left(state, velocity, u, stretch)
+
+    def ratio(self, sigma: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+        """m: the sigma that is next over the present one, float32 `[B]` within 0.001 to 0.999."""
+        assert self._time is not None
+        following = self._time.sigma(self._time.u(sigma) * (1 - 1 / left))
+        return (following / sigma.clamp(min=1e-6)).clamp(*_RATIOS)
+
+
+def step_logits(ratio: torch.Tensor) -> torch.Tensor:
+    """What a step head adds to: `[B, 2]`, ln(kappa m) and ln(kappa (1 - m)).
+
+    Beta(1 + exp(first), 1 + exp(second)) is densest at m and spreads about `SPREAD` of it: kappa = m / (spread^2 (1 -
+    m)), within 20 to 4,000.
+    """
+    kappa = (ratio / (SPREAD**2 * (1 - ratio))).clamp(*_CONCENTRATION)
+    return torch.stack([(kappa * ratio).log(), (kappa * (1 - ratio)).log()], 1)

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The learned policy without a model: it starts as its prior, samples every image alone, stores what it needs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from rapid3rt.policies.allocation import Allocation
+from rapid3rt.policies.learned import SCALARS, Heads, HeadsConfig, LearnedPolicy
+from rapid3rt.policies.prior import SPREAD, Prior, step_logits
+from rapid3rt.policies.sampling import beta_mode
+from rapid3rt.policies.schedule import ScheduleFamily, WarpFamily
+from rapid3rt.types import AUTO, COMPUTE
+
+ALLOCATION = Allocation(
+    table=((0.2, 0.3, 0.4, 0.0), (0.9, 0.1, 0.3, 0.0)), dial=((5.0, 5.0), (14.0, 14.0))
+)
+FAMILY = WarpFamily(
+    family="sd3",
+    num_ticks=28,
+    shift=3.0,
+    order=AUTO,
+    knots=((0.3, 0.2), (0.7, 0.8)),
+    allocation=ALLOCATION,
+)
+DIAL = HeadsConfig(family="sd3", channels=4, conditioning=8, width=8, side=4)
+PAPER = HeadsConfig(
+    family="sd3",
+    channels=4,
+    conditioning=8,
+    width=8,
+    heads=("cache", "sparse", "step"),
+    has_prior=False,
+)
+
+
+def make_policy(config=DIAL, limits=None, trained=False, **options):
+    torch.manual_seed(0)
+    heads = Heads(config)
+    if trained:
+        for head in heads.by_name.values():
+            nn.init.normal_(head.decide.weight, std=0.3)
+    prior = (
+        Prior(FAMILY, **({"speed": 4.0} if limits is None else limits))
+        if config.has_prior
+        else None
+    )
+    return LearnedPolicy(heads, prior, order=AUTO, **options)
+
+
+@pytest.mark.parametrize("limits", [{"speed": 4.0}, {"budget": 6}, {"speed": 2.2}, {}])
+def test_untrained_it_is_its_prior(sim, limits):
+    run, world = sim.run(6), sim.world(6)
+    learned = sim.drive(make_policy(limits=limits), run, world)
+    searched = sim.drive(ScheduleFamily(FAMILY, **limits), run, world)
+    assert learned.nfe == searched.nfe
+    for image in range(6):
+        ours, theirs = (w.column("next_sigma", image) for w in (learned, searched))
+        # Both end at 0; between, the table of sigma over u is linear between 1,025 points.
+        assert ours == pytest.approx(theirs, abs=2e-5)
+    if limits == {"speed": 4.0}:
+        assert len(set(learned.nfe)) > 1
+
+
+def test_a_sampled_step_spreads_about_the_prior():
+    ratio = torch.tensor([0.5, 0.9, 0.99])
+    alpha, beta = (1 + step_logits(ratio).exp()).unbind(1)
+    assert beta_mode(alpha, beta).tolist() == pytest.approx(ratio.tolist(), abs=1e-5)
+    total = alpha + beta
+    spread = (alpha * beta / (total.square() * (total + 1))).sqrt() / ratio
+    assert float(spread[0]) == pytest.approx(SPREAD, rel=0.25)
+    assert bool((spread < 1.3 * SPREAD).all())
+
+
+@pytest.mark.parametrize("config", [DIAL, PAPER], ids=["dial", "paper"])
+def test_an_image_is_sampled_by_its_own_seed(sim, config):
+    seeds = [11, 12, 13, 14]
+    world = sim.world(4)
+    together = sim.drive(
+        make_policy(config, trained=True, seeds=lambda run: seeds), sim.run(4), world
+    )
+    for image in (0, 2):
+        one = make_policy(config, trained=True, seeds=lambda run, i=image: [seeds[i]])
+        alone = sim.drive(one, sim.run(1), world.take([image]))
+        assert alone.column("action", 0) == together.column("action", image)
+        assert alone.column("level", 0) == together.column("level", image)
+        expected = together.column("next_sigma", image)
+        assert alone.column("next_sigma", 0) == pytest.approx(expected, abs=1e-5)
+    other = make_policy(config, trained=True, seeds=lambda run: [21, 22, 23, 24])
+    assert sim.drive(other, sim.run(4), world).next_sigma != together.next_sigma
+
+
+@pytest.mark.parametrize("config", [DIAL, PAPER], ids=["dial", "paper"])
+def test_a_stored_decision_gives_the_probability_that_it_had(sim, config):
+    stored = []
+    policy = make_policy(config, trained=True, seeds=lambda run: [1, 2, 3], record=stored.append)
+    walk = sim.drive(policy, sim.run(3), sim.world(3))
+    assert {decision.head for decision in stored} == set(config.heads)
+    losses = []
+    for decision in stored:
+        log_prob, entropy = policy.heads.evaluate(decision)
+        assert bool(log_prob.isfinite().all())
+        assert bool((log_prob[~decision.live] == 0).all())
+        assert bool((entropy[~decision.live] == 0).all())
+        if decision.head != "step":
+            assert bool((log_prob <= 0).all())
+        losses.append(log_prob.sum())
+        assert decision.scalars.shape == (3, 2 * len(SCALARS))
+    torch.stack(losses).sum().backward()
+    still = [n for n, p in policy.heads.named_parameters() if p.grad is None or not p.grad.any()]
+    # From sigma 1 this world predicts an empty image.
+    assert set(still) <= {"by_name.allocation.project.weight"}
+    steps = [decision for decision in stored if decision.head == "step"]
+    for image in range(3):
+        ratios = [float(d.action[image]) for d in steps if d.live[image]]
+        sigmas = [row[image] for row in walk.sigma if row[image] is not None]
+        nexts = [row[image] for row in walk.next_sigma if row[image] is not None]
+        for sigma, following, ratio in zip(sigmas, nexts, ratios, strict=False):
+            assert following == pytest.approx(sigma * ratio if sigma * ratio >= 0.01 else 0.0)
+
+
+def test_void_and_forced_decisions_are_not_live(sim):
+    stored = []
+    policy = make_policy(PAPER, trained=True, seeds=lambda run: [5, 6, 7, 8], record=stored.append)
+    walk = sim.drive(policy, sim.run(4, budget=3), sim.world(4), cap=3)
+    assert max(walk.nfe) <= 3
+    assert any(action != COMPUTE for row in walk.action for action in row if action is not None)
+    caches = {d.tick: d for d in stored if d.head == "cache"}
+    sparse = {d.tick: d for d in stored if d.head == "sparse"}
+    assert not caches[0].live.any()
+    for tick, decision in sparse.items():
+        for image in range(4):
+            action = walk.action[tick][image] if tick < len(walk.action) else None
+            assert bool(decision.live[image]) == (action == COMPUTE)
+    dial = []
+    policy = make_policy(limits={"budget": 5}, seeds=lambda run: [1, 2], record=dial.append)
+    walk = sim.drive(policy, sim.run(2), sim.world(2))
+    steps = [d for d in dial if d.head == "step"]
+    assert [d.live.tolist() for d in steps][:5] == [[True, True]] * 4 + [[False, False]]
+    assert walk.nfe == [5, 5]
+
+
+def test_the_allocation_head_stretches_plans_within_their_limits(sim):
+    policy = make_policy()
+    more = policy.heads.by_name["allocation"].decide
+    evaluations = {}
+    for favoured in (0, 3, 6):
+        with torch.no_grad():
+            more.bias.zero_()
+            more.bias[favoured] = 50.0
+        evaluations[favoured] = sim.drive(policy, sim.run(6), sim.world(6)).nfe
+    assert sum(evaluations[0]) < sum(evaluations[3]) < sum(evaluations[6])
+    assert max(evaluations[6]) <= 14  # twice the mean
+
+
+def test_serving_is_deterministic(sim):
+    walks = [sim.drive(make_policy(trained=True), sim.run(3), sim.world(3)) for _ in range(2)]
+    assert walks[0].next_sigma == walks[1].next_sigma
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heads": ("steps",)}, "heads must be some of cache, sparse, allocation, step"),
+        ({"heads": ("step", "step")}, "each once"),
+        ({"heads": ()}, "heads must be some of"),
+        ({"has_prior": False}, "heads must not hold 'allocation' without a prior"),
+    ],
+)
+def test_wrong_heads_are_named(change, message):
+    values = {"family": "sd3", "channels": 4, "conditioning": 8, **change}
+    with pytest.raises(ValueError, match=message):
+        HeadsConfig(**values)
+
+
+def test_a_policy_of_another_family_or_without_its_prior_is_refused(sim):
+    with pytest.raises(ValueError, match="family must be 'sd3', for which learned was made"):
+        sim.drive(make_policy(PAPER), sim.run(1, family="flux"), sim.world(1))
+    with pytest.raises(ValueError, match="prior must be given"):
+        LearnedPolicy(Heads(DIAL), None, order=AUTO)
+    with pytest.raises(ValueError, match="prior must not be given"):
+        LearnedPolicy(Heads(PAPER), Prior(FAMILY), order=AUTO)
