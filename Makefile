@@ -79,5 +79,5 @@ $(VENV)/.tools: pyproject.toml constraints.txt
 
 # No build isolation: the tools above build, and only what changed is compiled again.
 $(VENV)/.built: $(VENV)/.tools CMakeLists.txt $(CPP)
-	$(PIP) install -c $(VENV)/constraints.txt --no-build-isolation --config-settings=build-dir=$(abspath $(VENV))/build -e '.[cli,plot,dev]'
+	$(PIP) install -c $(VENV)/constraints.txt --no-build-isolation --config-settings=build-dir=$(abspath $(VENV))/build -e '.[cli,plot,train,dev]'
 	touch $@
