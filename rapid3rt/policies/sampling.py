@@ -77,12 +77,14 @@ def beta_mode(alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
 def beta_log_prob(ratio: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
     """Log density of a ratio in nat; in float64, for alpha and beta reach thousands."""
     distribution = Beta(alpha.double(), beta.double(), validate_args=False)
-    return distribution.log_prob(ratio.double()).float()
+    log_prob: torch.Tensor = distribution.log_prob(ratio.double())
+    return log_prob.float()
 
 
 def beta_entropy(alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
     """Differential entropy in nat: 0 for the uniform distribution, negative for all others."""
-    return Beta(alpha.double(), beta.double(), validate_args=False).entropy().float()
+    entropy: torch.Tensor = Beta(alpha.double(), beta.double(), validate_args=False).entropy()
+    return entropy.float()
 
 
 def choice_log_prob(action: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
