@@ -19,7 +19,8 @@ from rapid3rt.policies.base import check_number, evaluations_at
 from rapid3rt.policies.budget import BudgetedDense, with_budget, with_speed
 from rapid3rt.policies.controller import Controller
 from rapid3rt.policies.fixed import Dense
-from rapid3rt.policies.folder import PolicyFolder
+from rapid3rt.policies.folder import PATTERNS, PolicyFolder
+from rapid3rt.policies.learned import LearnedPolicy
 from rapid3rt.policies.schedule import ScheduleFamily
 from rapid3rt.runtime.executor import Executor
 from rapid3rt.runtime.report import Report
@@ -161,7 +162,9 @@ def _resolve(policy: str | os.PathLike[str] | Policy, model: str, family: str) -
                 f"policy must be a name or have begin, decide_compute and decide_step, got {got}"
             )
         return _Source(
-            policy=policy, name=getattr(policy, "name", type(policy).__name__), costs=ActionCosts()
+            policy=policy,
+            name=getattr(policy, "name", type(policy).__name__),
+            costs=getattr(policy, "costs", ActionCosts()),
         )
     if policy == "auto":
         return _automatic(model)
@@ -172,22 +175,43 @@ def _resolve(policy: str | os.PathLike[str] | Policy, model: str, family: str) -
         if bundled is None:
             return _Source(policy=parsed, name=policy, costs=ActionCosts())
         known = PolicyFolder.load(bundled)
-        if isinstance(parsed, Controller):
+        if isinstance(parsed, Controller) and known.schedule is not None:
             # Its step sizes are factors on a grid: the one that was searched for this model.
             parsed = Controller(parsed.tol, family=known.schedule, order=known.schedule.order)
         return _Source(policy=parsed, name=policy, costs=known.costs)
     loaded = PolicyFolder.load(folder)
-    if loaded.schedule.family != family:
+    if loaded.family != family:
         raise ValueError(
-            f"policy {policy!r} must be for a {family} model, got one for {loaded.schedule.family}"
+            f"policy {policy!r} must be for a {family} model, got one for {loaded.family}"
         )
     notes = (
         ()
         if loaded.model == model
         else (f"the policy was calibrated on {loaded.model}, this model is {model}",)
     )
-    schedule = ScheduleFamily(loaded.schedule, name=f"schedule family {folder.name}")
-    return _Source(policy=schedule, name=policy, costs=loaded.costs, wants_dial=True, notes=notes)
+    name = f"{'learned' if loaded.heads is not None else 'schedule family'} {folder.name}"
+    return _Source(
+        policy=loaded_policy(loaded, name),
+        name=policy,
+        costs=loaded.costs,
+        wants_dial=loaded.schedule is not None,
+        notes=notes,
+    )
+
+
+def loaded_policy(folder: PolicyFolder, name: str) -> ScheduleFamily | LearnedPolicy:
+    """What a policy folder holds, ready to run."""
+    if folder.heads is None:
+        assert folder.schedule is not None
+        return ScheduleFamily(folder.schedule, name=name)
+    return LearnedPolicy(
+        folder.heads,
+        folder.schedule,
+        order=folder.order,
+        name=name,
+        calibration=folder.calibration,
+        costs=folder.costs,
+    )
 
 
 def _automatic(model: str) -> _Source:
@@ -195,8 +219,9 @@ def _automatic(model: str) -> _Source:
     bundled = bundled_policy(model)
     if bundled is not None:
         loaded = PolicyFolder.load(bundled)
-        schedule = ScheduleFamily(loaded.schedule, name="searched schedule family (bundled)")
-        return _Source(policy=schedule, name=schedule.name, costs=loaded.costs, wants_dial=True)
+        what = "searched schedule family" if loaded.heads is None else "learned policy"
+        policy = loaded_policy(loaded, f"{what} (bundled)")
+        return _Source(policy=policy, name=policy.name, costs=loaded.costs, wants_dial=True)
     note = (
         "no policy is bundled for this model: evenly spaced steps, second-order where stable; "
         "rapid3rt.calibrate does better"
@@ -215,7 +240,7 @@ def _choose(source: _Source, budget: int | None, speed: float | None, ticks: int
     if budget is not None and budget > ticks:
         raise ValueError(f"budget must be 1 to {ticks} (the steps of this call), got {budget}")
     policy = _limit(source.policy, budget, speed, ticks)
-    allocates = isinstance(policy, ScheduleFamily) and policy.allocates
+    allocates = getattr(policy, "allocates", False)
     # A policy of the user's own does not plan for a cap: when it is spent, the session lets the image reuse.
     is_capped = budget is not None or (speed is not None and speed > 1)
     reuses = (policy is source.policy and is_capped) or getattr(policy, "reuses", True)
@@ -233,8 +258,8 @@ def _cap(
         return budget, notes
     if allocates:
         note = (
-            f"speed={speed:g} is a mean of {ticks / speed:.3g} evaluations, more for images that show more detail; "
-            "a budget gives every image the same"
+            f"speed={speed:g} is a mean of {ticks / speed:.3g} evaluations, more for images that need more; a budget "
+            "gives every image the same"
         )
         return None, (*notes, note)
     cap = evaluations_at(ticks, speed)
@@ -315,7 +340,7 @@ def _folder(policy: str) -> Path | None:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(policy, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(policy, allow_patterns=list(PATTERNS)))
     except Exception as error:
         raise ValueError(
             f"policy {policy!r} is neither a folder here nor on the hub ({error})"

@@ -111,10 +111,10 @@ class StepDecision:
 class Policy(Protocol):
     """Structural: any object with these three methods. No base class is required.
 
-    Four optional attributes are read where they exist: `name` (str, shown in the report), `grid_steps` (int: the
+    Five optional attributes are read where they exist: `name` (str, shown in the report), `grid_steps` (int: the
     scheduler is set to that many steps instead of the pipeline's number), `leaves_grid` (bool, default True: may
-    answer a next_sigma other than the next grid point) and `reuses` (bool, default True: may answer REUSE; False
-    saves the memory of the residuals).
+    answer a next_sigma other than the next grid point), `reuses` (bool, default True: may answer REUSE; False
+    saves the memory of the residuals) and `costs` (`ActionCosts`, of the actions, where they were measured).
     """
 
     def begin(self, run: Run) -> None:

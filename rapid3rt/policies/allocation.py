@@ -25,6 +25,8 @@ from rapid3rt.types import DenoiseState, Run
 
 MOST, LEAST = 2.0, 0.8
 """An image gets at most twice and at least 0.8 of b: below that, errors rise faster than detail can tell."""
+LEAST_LEARNED = 0.5
+"""The same where a trained head tells images apart."""
 SLACK = 0.25
 """Of an even step: what may be left over at the end without an evaluation of its own."""
 _TINY = 1e-12
@@ -64,10 +66,21 @@ class Allocation:
 
 
 class Allocator:
-    """An allocation in one run. mean: wanted mean of the evaluations of an image. start: u where the run begins."""
+    """An allocation in one run.
 
-    def __init__(self, allocation: Allocation, mean: float, run: Run, start: float = 1.0) -> None:
+    mean: wanted mean of the evaluations of an image. start: u where the run begins. least: the least share of b.
+    """
+
+    def __init__(
+        self,
+        allocation: Allocation,
+        mean: float,
+        run: Run,
+        start: float = 1.0,
+        least: float = LEAST,
+    ) -> None:
         self._setting, self._start, self._ticks = allocation.setting(mean), start, run.ticks
+        self._limits = limits(self._setting, self._ticks, least)
         stronger = log_ratio(run.guidance, allocation.guidance)
         rows = [(u, o + t * stronger, e) for u, o, e, t in allocation.table]
         self._u, self._offset, self._exponent = (
@@ -89,7 +102,7 @@ class Allocator:
         """
         offset, exponent = (interpolate(u, self._u, y) for y in (self._offset, self._exponent))
         factor = (exponent * (detail(state.latents, velocity, state.sigma) - offset)).exp()
-        planned = (self._setting * factor * stretch).clamp(*limits(self._setting, self._ticks))
+        planned = (self._setting * factor * stretch).clamp(*self._limits)
         steps = (u / self._start * planned - SLACK).ceil().clamp(min=1)
         return steps.clamp(max=self._ticks - state.tick)
 
@@ -104,7 +117,13 @@ def log_ratio(guidance: float | None, reference: float | None) -> float:
     return math.log(max(guidance, 1.0) / max(reference, 1.0))
 
 
-def limits(setting: float, ticks: int) -> tuple[float, float]:
+def limits(setting: float, ticks: int, least: float = LEAST) -> tuple[float, float]:
     """Fewest and most evaluations of an image at a setting b."""
     most = min(MOST * setting, float(ticks))
-    return min(LEAST * setting, most), most
+    return min(least * setting, most), most
+
+
+def even(ticks: int) -> Allocation:
+    """The allocation that gives all images the same, for heads to stretch."""
+    flat = ((0.0, 0.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0))
+    return Allocation(table=flat, dial=((1.0, 1.0), (float(ticks), float(ticks))))

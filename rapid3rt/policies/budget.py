@@ -12,6 +12,7 @@ import torch
 from rapid3rt.policies.base import check_count, check_number, planned_evaluations
 from rapid3rt.policies.controller import Controller
 from rapid3rt.policies.fixed import Dense, Steps
+from rapid3rt.policies.learned import LearnedPolicy
 from rapid3rt.policies.replay import Replay
 from rapid3rt.policies.schedule import FixedSchedule, ScheduleFamily
 from rapid3rt.policies.threshold import Threshold
@@ -91,4 +92,6 @@ def _limited(
         )
     if isinstance(policy, ScheduleFamily):
         return ScheduleFamily(policy.family, name=policy.name, budget=budget, speed=speed)
+    if isinstance(policy, LearnedPolicy):
+        return policy.limited(budget=budget, speed=speed)
     return policy

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from rapid3rt.policies.base import interpolate
+
 OBSERVED_SIDE = 16
 """Cells per side that a head sees of a small model's latents, at most."""
 
@@ -98,6 +100,38 @@ class Head(nn.Module):
         x = F.silu(self.reduce(x)).flatten(2)
         decided: torch.Tensor = self.decide(torch.cat([x.mean(2), x.amax(2)], 1))
         return decided
+
+
+class AllocationHead(nn.Module):
+    """How much more than others an image needs, from the conditioning alone: linear, and stronger at larger budgets.
+
+    What makes an image hard is in its caption: on the tiny SD3 a linear map of the modulation embedding explains 74 %
+    of the variance of log error between held-out pairs, and the image's own early velocities add nothing to it. A few
+    hundred pairs fit so few numbers. The log of what a plan is multiplied by is s(b) times the hardness plus o(b), both
+    linear between the dials that they were fitted at.
+
+    conditioning: D; its mean and spread over the training pairs are kept beside the weights. dials: rising.
+    """
+
+    def __init__(self, conditioning: int, dials: Sequence[float]) -> None:
+        super().__init__()
+        self.mean: torch.Tensor
+        self.spread: torch.Tensor
+        self.dials: torch.Tensor
+        self.register_buffer("mean", torch.zeros(conditioning))
+        self.register_buffer("spread", torch.ones(conditioning))
+        self.register_buffer("dials", torch.tensor([float(dial) for dial in dials]))
+        self.hardness = nn.Linear(conditioning, 1, bias=False)
+        nn.init.zeros_(self.hardness.weight)
+        self.strength = nn.Parameter(torch.zeros(len(dials)))
+        self.offset = nn.Parameter(torch.zeros(len(dials)))
+
+    def forward(self, conditioning: torch.Tensor, dial: torch.Tensor) -> torch.Tensor:
+        """conditioning: `[B, D]`. dial: b, float32 `[B]`. Returns the log of the stretch, float32 `[B]`."""
+        hardness: torch.Tensor = self.hardness((conditioning.float() - self.mean) / self.spread)
+        strength = interpolate(dial, self.dials, self.strength)
+        offset = interpolate(dial, self.dials, self.offset)
+        return strength * hardness.squeeze(1) + offset
 
 
 def count_parameters(heads: Mapping[str, nn.Module] | nn.Module) -> int:

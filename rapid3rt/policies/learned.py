@@ -2,8 +2,9 @@
 """The learned policy: heads on top of a prior, sampled in training, at their modes in serving (METHOD.md, section 2).
 
 Four heads, each of them optional. `cache` says before the forward whether to compute or reuse, `sparse` how sparsely to
-compute; `allocation` stretches an image's plan after its first evaluation; `step` says how far to go. Every head adds
-to what the prior says. Without a prior (the recipe of the paper) heads start from their own biases.
+compute; `step` says how far to go. `allocation` stretches an image's plan after its first evaluation; what every
+stretch is worth is known, so it is trained on tables and never sampled. Every head adds to what the prior says. Without
+a prior (the recipe of the paper) heads start from their own biases.
 
 Every choice is a `Decision`. Its log-probability is computed from what it stores alone: observation, conditioning and
 scalars, small and rounded. So an update never runs the generator, and a served decision is a stored one's.
@@ -16,12 +17,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
 
 from rapid3rt.policies.base import SIGMA_MIN
-from rapid3rt.policies.heads import Head, observe, with_validity
+from rapid3rt.policies.heads import AllocationHead, Head, observe, with_validity
 from rapid3rt.policies.prior import Prior, step_logits
 from rapid3rt.policies.sampling import (
     Noise,
@@ -31,7 +33,8 @@ from rapid3rt.policies.sampling import (
     choice_entropy,
     choice_log_prob,
 )
-from rapid3rt.types import COMPUTE, ComputeDecision, DenoiseState, Run, StepDecision
+from rapid3rt.policies.schedule import WarpFamily
+from rapid3rt.types import COMPUTE, ActionCosts, ComputeDecision, DenoiseState, Run, StepDecision
 
 HEADS = ("cache", "sparse", "allocation", "step")
 SCALARS = (
@@ -45,10 +48,6 @@ SCALARS = (
     "log rms of observation",
     "log sigma",
 )
-STRETCHES = tuple(2 ** (j / 3) for j in range(-3, 4))
-"""What the allocation head multiplies an image's plan by."""
-_STAY = 2.0
-"""Prior logit of the plan as it is."""
 _DENSER = -3.0
 """Prior logit of each sparse level below the one before."""
 _PAPER_STEP = (2.5, 1.0)
@@ -58,7 +57,9 @@ _PAPER_STEP = (2.5, 1.0)
 class HeadsConfig:
     """Everything that decides the shapes. family: of the model. channels: C of the latent grid that policies see.
     conditioning: D. heads: names, each once. levels: sparsity levels, dense included. side: cells per side that heads
-    see, None for all. has_prior: whether heads add to a searched family's walk."""
+    see, None for all. has_prior: whether heads add to a searched family's walk. dials: b that the allocation is fitted
+    at.
+    """
 
     family: str
     channels: int
@@ -68,6 +69,7 @@ class HeadsConfig:
     width: int = 128
     side: int | None = None
     has_prior: bool = True
+    dials: tuple[float, ...] = (5.0, 6.0, 8.0, 10.0, 14.0)
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.heads if name not in HEADS]
@@ -79,10 +81,47 @@ class HeadsConfig:
             raise ValueError(
                 "heads must not hold 'allocation' without a prior, whose plan it stretches"
             )
+        if len(self.dials) < 2 or any(not 0 < a < b for a, b in pairwise(self.dials)):
+            raise ValueError(f"dials must be at least two, above 0 and rising, got {self.dials}")
 
     def outputs(self, head: str) -> int:
         """Numbers that a head gives."""
-        return {"cache": 2, "sparse": self.levels, "allocation": len(STRETCHES), "step": 2}[head]
+        return {"cache": 2, "sparse": self.levels, "allocation": 1, "step": 2}[head]
+
+    @property
+    def sampled(self) -> tuple[str, ...]:
+        """The heads whose decisions are random in training."""
+        return tuple(name for name in self.heads if name != "allocation")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dial:
+    """What was measured at one setting of the dial, means over images of the calibration split, served as users are.
+
+    dial: b. equivalent_steps, evaluations: E and NFE. error: mean squared error to the converged solution.
+    """
+
+    dial: float
+    equivalent_steps: float
+    evaluations: float
+    error: float
+
+
+def setting_for(calibration: Sequence[Dial], equivalent_steps: float) -> float:
+    """The dial b whose images cost so much in the mean. Raises `ValueError` outside what was measured."""
+    low, high = calibration[0], calibration[-1]
+    if not low.equivalent_steps <= equivalent_steps <= high.equivalent_steps:
+        raise ValueError(
+            f"speed must ask for {low.equivalent_steps:.2f} to {high.equivalent_steps:.2f} equivalent steps, for which "
+            f"this policy was calibrated, got {equivalent_steps:.2f}"
+        )
+    for a, b in pairwise(calibration):
+        if equivalent_steps <= b.equivalent_steps:
+            share = (equivalent_steps - a.equivalent_steps) / (
+                b.equivalent_steps - a.equivalent_steps
+            )
+            return a.dial + share * (b.dial - a.dial)
+    return high.dial
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,18 +149,19 @@ class Heads(nn.Module):
     def __init__(self, config: HeadsConfig) -> None:
         super().__init__()
         self.config = config
-        self.by_name = nn.ModuleDict(
-            {
-                name: Head(
-                    config.channels,
-                    config.conditioning,
-                    config.outputs(name),
-                    width=config.width,
-                    num_scalars=len(SCALARS),
-                    bias=self._bias(name),
-                )
-                for name in config.heads
-            }
+        self.by_name = nn.ModuleDict({name: self._make(name) for name in config.heads})
+
+    def _make(self, name: str) -> nn.Module:
+        config = self.config
+        if name == "allocation":
+            return AllocationHead(config.conditioning, config.dials)
+        return Head(
+            config.channels,
+            config.conditioning,
+            config.outputs(name),
+            width=config.width,
+            num_scalars=len(SCALARS),
+            bias=self._bias(name),
         )
 
     def _bias(self, name: str) -> Sequence[float] | None:
@@ -150,13 +190,23 @@ class Heads(nn.Module):
             decision.scalars,
             decision.prior,
         )
-        if decision.head == "step":
-            alpha, beta = _concentrations(logits)
-            values = beta_log_prob(decision.action, alpha, beta), beta_entropy(alpha, beta)
-        else:
-            values = choice_log_prob(decision.action, logits), choice_entropy(logits)
-        log_prob, entropy = (torch.where(decision.live, value, 0.0) for value in values)
-        return log_prob, entropy
+        return _score(decision, logits)
+
+    def evaluate_untrained(self, decision: Decision) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `evaluate`, of the policy before training: the prior alone, or the biases that heads start from."""
+        bias = self._bias(decision.head)
+        start = 0.0 if bias is None else torch.tensor(bias, device=decision.prior.device)
+        return _score(decision, decision.prior + start)
+
+
+def _score(decision: Decision, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if decision.head == "step":
+        alpha, beta = _concentrations(logits)
+        values = beta_log_prob(decision.action, alpha, beta), beta_entropy(alpha, beta)
+    else:
+        values = choice_log_prob(decision.action, logits), choice_entropy(logits)
+    log_prob, entropy = (torch.where(decision.live, value, 0.0) for value in values)
+    return log_prob, entropy
 
 
 class LearnedPolicy:
@@ -164,7 +214,9 @@ class LearnedPolicy:
 
     Parameters
     ----------
-    heads: their distributions. prior: what they add to, None for the recipe of the paper. order: of every step.
+    heads: their distributions. family: whose walk they add to, None for the recipe of the paper. order: of every step.
+    budget: what every image gets; dial: b, the mean over images; speed: ticks over the mean of their equivalent steps,
+    by the calibration, which says what every dial was measured to cost. costs: of the actions.
     seeds: one per image, to sample in training; None serves modes and the most likely choices. record: told every
     decision of a run.
     """
@@ -174,31 +226,67 @@ class LearnedPolicy:
     def __init__(
         self,
         heads: Heads,
-        prior: Prior | None,
+        family: WarpFamily | None,
         *,
         order: int,
+        budget: int | None = None,
+        dial: float | None = None,
+        speed: float | None = None,
         name: str = "learned",
+        calibration: Sequence[Dial] = (),
+        costs: ActionCosts | None = None,
         seeds: Callable[[Run], Sequence[int]] | None = None,
         record: Callable[[Decision], None] | None = None,
     ) -> None:
-        if heads.config.has_prior != (prior is not None):
+        names = heads.config.heads
+        if heads.config.has_prior != (family is not None):
             raise ValueError(
-                f"prior must {'' if heads.config.has_prior else 'not '}be given for these heads, got {prior!r}"
+                f"family must {'' if heads.config.has_prior else 'not '}be given for these heads, got {family!r}"
             )
-        self.heads, self.prior, self.order, self.name = heads, prior, order, name
-        self.reuses = "cache" in heads.config.heads
+        self.family, self.speed = family, speed
+        self.prior = None
+        if family is not None:
+            self.prior = Prior(family, budget=budget, dial=dial, stretches="allocation" in names)
+        self.heads, self.order, self.name = heads, order, name
+        self.calibration = tuple(calibration)
+        self.costs = costs or ActionCosts()
+        self.reuses = "cache" in names
         self._seeds, self._record = seeds, record
         self._noise: Noise | None = None
 
+    @property
+    def allocates(self) -> bool:
+        """Whether a speed is a mean over images here, and not a cap."""
+        return self.prior is not None and self.speed is not None
+
+    def limited(self, *, budget: int | None = None, speed: float | None = None) -> LearnedPolicy:
+        """The same heads at a budget, which every image keeps, or at a speed, a mean where there is a prior."""
+        return LearnedPolicy(
+            self.heads,
+            self.family,
+            order=self.order,
+            budget=budget,
+            speed=speed,
+            name=self.name,
+            calibration=self.calibration,
+            costs=self.costs,
+        )
+
     def begin(self, run: Run) -> None:
-        """Raises `ValueError` if the run is of another model family."""
+        """Raises `ValueError` if the run is of another model family, or its speed is beyond the calibration."""
         if run.family != self.heads.config.family:
             raise ValueError(
                 f"family must be '{self.heads.config.family}', for which {self.name} was made, got '{run.family}'"
             )
         if self.prior is not None:
+            if self.speed is not None:
+                wanted = run.ticks / self.speed
+                self.prior.dial = (
+                    setting_for(self.calibration, wanted) if self.calibration else wanted
+                )
             self.prior.begin(run)
         self._run = run
+        self.heads.to(run.device)
         self._noise = None
         if self._seeds is not None:
             self._noise = Noise(self._seeds(run), run.ticks, run.device)
@@ -231,7 +319,7 @@ class LearnedPolicy:
         assert state.computes is not None
         self._note(velocity, state.computes)
         if "allocation" in self.heads.config.heads and state.tick == 0:
-            self._allocate(state, velocity)
+            self._allocate(state)
         if self.prior is None:
             ratio, forced = None, torch.zeros_like(state.done)
         else:
@@ -250,15 +338,14 @@ class LearnedPolicy:
         order = torch.full_like(state.nfe, self.order, dtype=torch.int8)
         return StepDecision(next_sigma=following, order=order)
 
-    def _allocate(self, state: DenoiseState, velocity: torch.Tensor) -> None:
-        predicted = state.latents - state.sigma[:, None, None, None] * velocity
-        live = ~state.done
-        if self.prior is None or not self.prior.allocates:
+    def _allocate(self, state: DenoiseState) -> None:
+        assert self.prior is not None
+        if not self.prior.allocates:
             return
-        prior = torch.zeros(len(live), len(STRETCHES), device=live.device)
-        prior[:, len(STRETCHES) // 2] = _STAY
-        chosen = self._choose("allocation", state, predicted, prior, live)
-        self._stretch = torch.tensor(STRETCHES, device=live.device)[chosen]
+        dial = torch.full_like(state.sigma, self.prior.mean)
+        with torch.no_grad():
+            stretch = self.heads.by_name["allocation"](state.conditioning.bfloat16(), dial)
+        self._stretch = stretch.exp()
 
     def _choose(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from rapid3rt.policies.allocation import Allocator
+from rapid3rt.policies.allocation import LEAST, LEAST_LEARNED, Allocator, even
 from rapid3rt.policies.base import (
     Warp,
     WarpedTime,
@@ -29,14 +29,20 @@ _CONCENTRATION = (20.0, 4000.0)
 class Prior:
     """Plan and next step of every image in one run.
 
-    budget: every image gets so many evaluations, counted. speed: ticks / speed is the mean of what images get, by the
-    family's allocation where it has one, else what every image gets. Neither: the run's ticks.
+    budget: every image gets so many evaluations, counted. dial: the mean of what images get, by the family's allocation
+    where it has one, else what every image gets, rounded. Neither, or a run that has a cap of its own: the run's ticks
+    or that cap. stretches: a head stretches the plans of a dial, in place of the family's allocation.
     """
 
     def __init__(
-        self, family: WarpFamily, *, budget: int | None = None, speed: float | None = None
+        self,
+        family: WarpFamily,
+        *,
+        budget: int | None = None,
+        dial: float | None = None,
+        stretches: bool = False,
     ) -> None:
-        self.family, self.budget, self.speed = family, budget, speed
+        self.family, self.budget, self.dial, self.stretches = family, budget, dial, stretches
         self.mean = 0.0
         """Evaluations of an image in the mean, as asked for; of the run that has begun."""
         self._time: WarpedTime | None = None
@@ -46,15 +52,18 @@ class Prior:
         """Raises `ValueError` if the run is of another model family."""
         check_family(self.family.family, run, "the policy")
         warp = Warp(self.family.knots)
-        self._time, self._ticks = WarpedTime(run, warp), run.ticks
-        self._start = warp.inverse(unshift_sigma(run.sigmas[0], run.shift))
-        self.mean = float(planned_evaluations(run, self.budget, self.speed))
+        self._time = WarpedTime(run, warp)
+        start = warp.inverse(unshift_sigma(run.sigmas[0], run.shift))
         self._allocator = None
-        by_speed = self.speed is not None and self.budget is None and run.budget is None
-        if by_speed and self.family.allocation is not None:
-            assert self.speed is not None
-            self.mean = run.ticks / self.speed
-            self._allocator = Allocator(self.family.allocation, self.mean, run, self._start)
+        if self.dial is None or self.budget is not None or run.budget is not None:
+            self.mean = float(planned_evaluations(run, self.budget))
+        elif self.family.allocation is None and not self.stretches:
+            self.mean = float(min(max(1, round(self.dial)), run.ticks))
+        else:
+            self.mean = min(self.dial, float(run.ticks))
+            searched = None if self.stretches else self.family.allocation
+            least = LEAST_LEARNED if self.stretches else LEAST
+            self._allocator = Allocator(searched or even(run.ticks), self.mean, run, start, least)
 
     @property
     def allocates(self) -> bool:

@@ -375,6 +375,7 @@ class Session:
             return
         on_device = torch.tensor(cost, dtype=torch.float32, device=latents.device)
         run.computes = images.count(decision, latents, on_device)
+        run.state = replace(run.state, computes=run.computes)
         self._refer(run, seen, index)
 
     def _enforce(self, run: _RunState, decision: ComputeDecision) -> ComputeDecision:

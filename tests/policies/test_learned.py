@@ -3,13 +3,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from rapid3rt.policies.allocation import Allocation
-from rapid3rt.policies.learned import SCALARS, Heads, HeadsConfig, LearnedPolicy
-from rapid3rt.policies.prior import SPREAD, Prior, step_logits
+from rapid3rt.policies.heads import AllocationHead
+from rapid3rt.policies.learned import (
+    SCALARS,
+    Dial,
+    Heads,
+    HeadsConfig,
+    LearnedPolicy,
+    setting_for,
+)
+from rapid3rt.policies.prior import SPREAD, step_logits
 from rapid3rt.policies.sampling import beta_mode
 from rapid3rt.policies.schedule import ScheduleFamily, WarpFamily
 from rapid3rt.types import AUTO, COMPUTE
@@ -40,27 +50,29 @@ def make_policy(config=DIAL, limits=None, trained=False, **options):
     torch.manual_seed(0)
     heads = Heads(config)
     if trained:
-        for head in heads.by_name.values():
-            nn.init.normal_(head.decide.weight, std=0.3)
-    prior = (
-        Prior(FAMILY, **({"speed": 4.0} if limits is None else limits))
-        if config.has_prior
-        else None
+        for name, head in heads.by_name.items():
+            last = head.hardness if name == "allocation" else head.decide
+            nn.init.normal_(last.weight, std=0.3)
+    given = {"dial": 7.0} if limits is None else limits
+    family = FAMILY if config.has_prior else None
+    return LearnedPolicy(
+        heads, family, order=AUTO, **(given if config.has_prior else {}), **options
     )
-    return LearnedPolicy(heads, prior, order=AUTO, **options)
 
 
-@pytest.mark.parametrize("limits", [{"speed": 4.0}, {"budget": 6}, {"speed": 2.2}, {}])
+@pytest.mark.parametrize("limits", [{"dial": 7.0}, {"budget": 6}, {"dial": 12.5}, {}])
 def test_untrained_it_is_its_prior(sim, limits):
     run, world = sim.run(6), sim.world(6)
-    learned = sim.drive(make_policy(limits=limits), run, world)
-    searched = sim.drive(ScheduleFamily(FAMILY, **limits), run, world)
+    steps = replace(DIAL, heads=("step",))
+    learned = sim.drive(make_policy(steps, limits=limits), run, world)
+    same = {"speed": 28 / limits["dial"]} if "dial" in limits else limits
+    searched = sim.drive(ScheduleFamily(FAMILY, **same), run, world)
     assert learned.nfe == searched.nfe
     for image in range(6):
         ours, theirs = (w.column("next_sigma", image) for w in (learned, searched))
         # Both end at 0; between, the table of sigma over u is linear between 1,025 points.
         assert ours == pytest.approx(theirs, abs=2e-5)
-    if limits == {"speed": 4.0}:
+    if limits == {"dial": 7.0}:
         assert len(set(learned.nfe)) > 1
 
 
@@ -97,7 +109,7 @@ def test_a_stored_decision_gives_the_probability_that_it_had(sim, config):
     stored = []
     policy = make_policy(config, trained=True, seeds=lambda run: [1, 2, 3], record=stored.append)
     walk = sim.drive(policy, sim.run(3), sim.world(3))
-    assert {decision.head for decision in stored} == set(config.heads)
+    assert {decision.head for decision in stored} == set(config.sampled)
     losses = []
     for decision in stored:
         log_prob, entropy = policy.heads.evaluate(decision)
@@ -110,8 +122,7 @@ def test_a_stored_decision_gives_the_probability_that_it_had(sim, config):
         assert decision.scalars.shape == (3, 2 * len(SCALARS))
     torch.stack(losses).sum().backward()
     still = [n for n, p in policy.heads.named_parameters() if p.grad is None or not p.grad.any()]
-    # From sigma 1 this world predicts an empty image.
-    assert set(still) <= {"by_name.allocation.project.weight"}
+    assert all(name.startswith("by_name.allocation") for name in still)
     steps = [decision for decision in stored if decision.head == "step"]
     for image in range(3):
         ratios = [float(d.action[image]) for d in steps if d.live[image]]
@@ -144,15 +155,58 @@ def test_void_and_forced_decisions_are_not_live(sim):
 
 def test_the_allocation_head_stretches_plans_within_their_limits(sim):
     policy = make_policy()
-    more = policy.heads.by_name["allocation"].decide
+    head = policy.heads.by_name["allocation"]
     evaluations = {}
-    for favoured in (0, 3, 6):
+    for log_stretch in (-9.0, 0.0, 9.0):
         with torch.no_grad():
-            more.bias.zero_()
-            more.bias[favoured] = 50.0
-        evaluations[favoured] = sim.drive(policy, sim.run(6), sim.world(6)).nfe
-    assert sum(evaluations[0]) < sum(evaluations[3]) < sum(evaluations[6])
-    assert max(evaluations[6]) <= 14  # twice the mean
+            head.offset.fill_(log_stretch)
+        evaluations[log_stretch] = sim.drive(policy, sim.run(6), sim.world(6)).nfe
+    assert sum(evaluations[-9.0]) < sum(evaluations[0.0]) < sum(evaluations[9.0])
+    assert min(evaluations[-9.0]) >= 3  # half of the mean of 7, and steps are whole
+    assert max(evaluations[9.0]) <= 14  # twice
+
+
+def test_untrained_allocation_gives_all_images_the_dial(sim):
+    assert sim.drive(make_policy(), sim.run(6), sim.world(6)).nfe == [7] * 6
+
+
+def test_the_allocation_head_reads_the_conditioning_and_the_dial():
+    head = AllocationHead(3, (5, 10))
+    conditioning = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
+    dial = torch.full((2,), 7.5)
+    assert head(conditioning, dial).tolist() == [0.0, 0.0]
+    with torch.no_grad():
+        head.mean.copy_(torch.tensor([2.0, 2.0, 2.0]))
+        head.hardness.weight.copy_(torch.tensor([[0.0, 0.0, 1.0]]))
+        head.strength.copy_(torch.tensor([0.1, 0.3]))
+        head.offset.copy_(torch.tensor([0.5, 0.7]))
+    assert head(conditioning, dial).tolist() == pytest.approx([0.8, 0.4])
+    assert head(conditioning, dial * 4).tolist() == pytest.approx([1.0, 0.4])  # beyond: the end's
+
+
+DIALS = (
+    Dial(dial=5, equivalent_steps=6, evaluations=6, error=4e-3),
+    Dial(dial=8, equivalent_steps=9, evaluations=8.9, error=2e-3),
+    Dial(dial=14, equivalent_steps=14, evaluations=13.8, error=1e-3),
+)
+
+
+def test_a_speed_is_read_from_the_calibration(sim):
+    assert setting_for(DIALS, 6) == 5
+    assert setting_for(DIALS, 7.5) == pytest.approx(6.5)
+    assert setting_for(DIALS, 14) == 14
+    policy = make_policy(calibration=DIALS).limited(speed=28 / 7.5)
+    assert policy.allocates
+    sim.drive(policy, sim.run(2), sim.world(2))
+    assert policy.prior.mean == pytest.approx(6.5)
+    with pytest.raises(ValueError, match=r"speed must ask for 6\.00 to 14\.00 equivalent steps"):
+        sim.drive(policy.limited(speed=28 / 5.9), sim.run(2), sim.world(2))
+
+
+def test_a_budget_stays_a_budget(sim):
+    policy = make_policy(trained=True, calibration=DIALS).limited(budget=6)
+    assert not policy.allocates
+    assert sim.drive(policy, sim.run(4), sim.world(4)).nfe == [6] * 4
 
 
 def test_serving_is_deterministic(sim):
@@ -178,7 +232,7 @@ def test_wrong_heads_are_named(change, message):
 def test_a_policy_of_another_family_or_without_its_prior_is_refused(sim):
     with pytest.raises(ValueError, match="family must be 'sd3', for which learned was made"):
         sim.drive(make_policy(PAPER), sim.run(1, family="flux"), sim.world(1))
-    with pytest.raises(ValueError, match="prior must be given"):
+    with pytest.raises(ValueError, match="family must be given"):
         LearnedPolicy(Heads(DIAL), None, order=AUTO)
-    with pytest.raises(ValueError, match="prior must not be given"):
-        LearnedPolicy(Heads(PAPER), Prior(FAMILY), order=AUTO)
+    with pytest.raises(ValueError, match="family must not be given"):
+        LearnedPolicy(Heads(PAPER), FAMILY, order=AUTO)
