@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The processes of a run, as accelerate or torchrun started them; one process where nobody did.
+
+Groups are dealt whole, by their number. Every reduction is called by all ranks the same number of times, outside of
+what depends on data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """This process among all."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self.count: int = accelerator.num_processes
+        self.index: int = accelerator.process_index
+        self.device: torch.device = accelerator.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.index == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """The items of this rank: dealt in turn, so that ranks get as many, or one fewer."""
+        return list(items[self.index :: self.count])
+
+    def sum(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sums over ranks, in float64. All ranks must name the same values in the same order."""
+        if self.count == 1:
+            return dict(values)
+        flat = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
+        dist.all_reduce(flat)
+        return dict(zip(values, flat.tolist(), strict=True))
+
+    def max(self, value: float) -> float:
+        """The largest over ranks."""
+        if self.count == 1:
+            return value
+        flat = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.all_reduce(flat, op=dist.ReduceOp.MAX)
+        return float(flat)
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Add the gradients of all ranks, in one flat reduction."""
+        if self.count == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        for gradient, total in zip(
+            gradients, flat.split([g.numel() for g in gradients]), strict=True
+        ):
+            gradient.copy_(total.view_as(gradient))
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of all ranks, `[n, ...]` of each, rank by rank, on the CPU; their numbers may differ."""
+        if self.count == 1:
+            return rows.cpu()
+        own = rows.to(self.device).contiguous()
+        counts = torch.zeros(self.count, dtype=torch.int64, device=self.device)
+        counts[self.index] = len(own)
+        dist.all_reduce(counts)
+        longest = int(counts.max())
+        padded = own.new_zeros(longest, *own.shape[1:])
+        padded[: len(own)] = own
+        parts = [torch.empty_like(padded) for _ in range(self.count)]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)]).cpu()
+
+    def require_equal(self, what: str, value: str) -> None:
+        """Raise `ValueError` on every rank unless all of them say the same."""
+        digest = int.from_bytes(hashlib.sha256(value.encode()).digest()[:7], "big")
+        said = self.gather(torch.tensor([digest], dtype=torch.int64))
+        odd = (said != said[0]).nonzero().flatten().tolist()
+        if odd:
+            raise ValueError(
+                f"{what} must be the same on all ranks, got another one on rank {odd[0]} than on rank 0"
+            )
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        self._accelerator.wait_for_everyone()

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One policy update: scores the stored decisions again, a few times over, and never runs the generator.
+
+The sums are over all ranks: every rank scores its own decisions, one flat reduction adds the gradients, and a constant
+divides them. So ranks may hold different numbers of decisions, dead groups weigh nothing and are never dropped, and the
+result is that of one rank but for the order of sums.
+
+Shape letters: P groups and G members of this rank, N decisions of one head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from rapid3rt.policies.learned import Heads
+from training import loss
+from training.config import Recipe
+from training.ranks import Ranks
+from training.trajectory import Decisions
+
+_SAME = 1e-3
+"""What a log-probability may differ by between rollout and update, in nat: batches differ, nothing else does."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One iteration of this rank.
+
+    advantage: float32 `[P G]`. weight: float32 `[P G]`, 0 for a member that is missing or of a dead group, else 1 / (P
+    G T) with the groups of all ranks and T ticks: length is cost, so it must not normalise.
+    """
+
+    decisions: Mapping[str, Decisions]
+    advantage: torch.Tensor
+    weight: torch.Tensor
+
+    def of(self, head: str) -> Decisions | tuple[()]:
+        """A head's decisions, nothing where it took none."""
+        return self.decisions.get(head, ())
+
+    def per_member(self, log_probs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Sums over every trajectory, `[P G]`."""
+        total = torch.zeros(len(self.advantage))
+        for name, values in log_probs.items():
+            total = total.index_add(0, self.decisions[name].member, values)
+        return total
+
+
+def update(
+    heads: Heads,
+    optimiser: torch.optim.Optimizer,
+    batch: Batch,
+    recipe: Recipe,
+    coefficients: Mapping[str, float],
+    ranks: Ranks,
+) -> dict[str, float]:
+    """Some epochs over one iteration's decisions. coefficients: of every head's entropy. Returns metrics.
+
+    Raises RuntimeError where log-probabilities are not those of the rollout, or a gradient is not finite.
+    """
+    scored = {name: _score(heads, d, recipe) for name, d in batch.decisions.items()}
+    old = {name: log_prob for name, (log_prob, _) in scored.items()}
+    _require_same(old, batch.decisions)
+    counts = ranks.sum({name: float(len(batch.of(name))) for name in heads.config.sampled})
+    metrics = _entropies(heads, batch, scored, counts, recipe, ranks)
+    for epoch in range(recipe.inner_epochs):
+        new = {name: _score(heads, d, recipe)[0] for name, d in batch.decisions.items()}
+        slopes, sums = _differentiate(heads, batch, new, old, counts, recipe)
+        metrics |= _means(ranks.sum(sums), counts)
+        if epoch == 0:
+            metrics["update/first_ratio_error"] = ranks.max(_ratio_error(new, old))
+        elif max(metrics.get(f"kl/{name}", 0.0) for name in counts) > recipe.kl_stop:
+            break
+        optimiser.zero_grad(set_to_none=False)
+        for part in _losses(heads, batch, slopes, coefficients, counts, recipe):
+            part.backward()
+        ranks.sum_gradients(heads.parameters())
+        norm = float(torch.nn.utils.clip_grad_norm_(heads.parameters(), recipe.gradient_norm))
+        if not math.isfinite(norm):
+            raise RuntimeError(f"gradient norm must be finite, got {norm}")
+        optimiser.step()
+        metrics |= {"update/gradient_norm": norm, "update/epochs": epoch + 1.0}
+    return metrics
+
+
+Scored = tuple[torch.Tensor, torch.Tensor]
+
+
+def _score(heads: Heads, decisions: Decisions, recipe: Recipe, untrained: bool = False) -> Scored:
+    """Log-probabilities and entropies of all, `[N]` each, on the CPU; in the slices of the losses, so to the bit."""
+    with torch.no_grad():
+        slices = decisions.slices(recipe.micro_batch)
+        parts = [d.score_untrained(heads) if untrained else d.score(heads) for d in slices]
+    log_prob, entropy = zip(*parts, strict=True)
+    return torch.cat(log_prob).cpu(), torch.cat(entropy).cpu()
+
+
+def _require_same(old: Mapping[str, torch.Tensor], decisions: Mapping[str, Decisions]) -> None:
+    for name, scored in old.items():
+        apart = float((scored - decisions[name].log_prob).abs().max())
+        if not apart < _SAME:
+            raise RuntimeError(
+                f"log-probabilities of {name} must be those of the rollout, got {apart:.2g} nat apart"
+            )
+
+
+def _ratio_error(new: Mapping[str, torch.Tensor], old: Mapping[str, torch.Tensor]) -> float:
+    """Largest |ratio - 1|: exactly 0 before the first step."""
+    errors = [float(((new[name] - old[name]).exp() - 1).abs().max()) for name in new]
+    return max(errors, default=0.0)
+
+
+def _entropies(
+    heads: Heads,
+    batch: Batch,
+    scored: Mapping[str, Scored],
+    counts: Mapping[str, float],
+    recipe: Recipe,
+    ranks: Ranks,
+) -> dict[str, float]:
+    """Mean entropy of every head in nat, now and before training."""
+    sums = {f"{what}/{name}": 0.0 for name in counts for what in ("entropy", "entropy_untrained")}
+    for name, decisions in batch.decisions.items():
+        sums[f"entropy/{name}"] = float(scored[name][1].sum())
+        untrained = _score(heads, decisions, recipe, untrained=True)[1]
+        sums[f"entropy_untrained/{name}"] = float(untrained.sum())
+    return _means(ranks.sum(sums), counts)
+
+
+def _means(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
+    """Sums called `what/head` over the head's number of decisions; those of a head without any are left out."""
+    number = {key: counts[key.split("/")[1]] for key in sums}
+    return {key: total / number[key] for key, total in sums.items() if number[key]}
+
+
+def _differentiate(
+    heads: Heads,
+    batch: Batch,
+    new: Mapping[str, torch.Tensor],
+    old: Mapping[str, torch.Tensor],
+    counts: Mapping[str, float],
+    recipe: Recipe,
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """The surrogate's derivative by every log-probability, `[N]` each, and sums for the metrics.
+
+    Scoring again with these as constants gives the gradient of the heads: in slices of any size, for one ratio per
+    decision as for one per trajectory.
+    """
+    clip = {"clip_low": recipe.clip_low, "clip_high": recipe.clip_high}
+    leaves = {name: x.clone().requires_grad_() for name, x in new.items()}
+    sums = {f"{what}/{name}": 0.0 for name in counts for what in ("clipped", "kl")}
+    total = torch.zeros(())
+    if recipe.ratio == "trajectory" and leaves:
+        now, then = batch.per_member(leaves), batch.per_member(old)
+        total = loss.clipped_surrogate(now, then, batch.advantage, batch.weight, **clip).loss
+    for name, leaf in leaves.items():
+        member = batch.decisions[name].member
+        each = loss.clipped_surrogate(
+            leaf, old[name], batch.advantage[member], batch.weight[member], **clip
+        )
+        sums[f"clipped/{name}"] = float(each.clipped) * len(leaf)
+        sums[f"kl/{name}"] = float(loss.k3(new[name], old[name]).sum())
+        if recipe.ratio == "decision":
+            total = total + each.loss
+        if recipe.prior_kl:
+            prior = _score(heads, batch.decisions[name], recipe, untrained=True)[0]
+            total = total + recipe.prior_kl / counts[name] * loss.k3(leaf, prior).sum()
+    if leaves:
+        total.backward()
+    return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}, sums
+
+
+def _losses(
+    heads: Heads,
+    batch: Batch,
+    slopes: Mapping[str, torch.Tensor],
+    coefficients: Mapping[str, float],
+    counts: Mapping[str, float],
+    recipe: Recipe,
+) -> Iterator[torch.Tensor]:
+    """One loss for every slice of every head; their gradients add up."""
+    for name, slope in slopes.items():
+        start = 0
+        for part in batch.decisions[name].slices(recipe.micro_batch):
+            log_prob, entropy = part.score(heads)
+            constant = slope[start : start + len(part)].to(log_prob.device)
+            bonus = coefficients[name] / counts[name] * entropy.sum()
+            yield (constant * log_prob).sum() - bonus
+            start += len(part)
