@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from training.rewards import Reward, Samples, WeightedSum, known_rewards, make_r
 from training.rewards.base import batches, pictures, score_members
 
 NAN = math.nan
+ROOT = Path(__file__).parents[2]
 
 
 def grey(n: int = 3, **known: Any) -> Samples:
@@ -174,12 +176,13 @@ class TestRegistry:
         assert make_reward("psnr") is not make_reward("psnr")
         assert make_reward("psnr") != make_reward("psnr")
 
+    @pytest.mark.slow
     def test_the_registry_itself_loads_no_back_end(self) -> None:
         code = (
             "import sys, training.rewards as r; r.make_reward('mse'); "
             "print([m for m in sys.modules if m.startswith('training.rewards.')], 'imscore' in sys.modules)"
         )
-        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
         assert (
             out.stdout.strip() == "['training.rewards.base', 'training.rewards.fidelity'] False"
         ), out.stderr

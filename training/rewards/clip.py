@@ -4,7 +4,8 @@
 Both are the cosine of image and text embedding times a factor. PickScore: the model's own learned scale (Kirstain et
 al. 2023, equation 1; arXiv 2305.01569), on weights trained on human choices. CLIPScore: 100, as tables of accelerators
 report it; the cut at 0 of the publication (Hessel et al. 2021; arXiv 2104.08718) is left out, which would make bad
-pictures equal. Model and cosine are computed in float32, unless the model is asked for in another type.
+pictures equal. Pictures are seen as they would be saved, in 8 bits; the model runs in float32 unless another type is
+asked for, the cosine always.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def make_pickscore(
     long_prompts: str = "truncate",
 ) -> ClipReward:
     """Load PickScore. model, processor: hub ids or folders; a model brings its own processor, unless it is the
-    published one, which has none. dtype: one of `DTYPES`. Raises `ValueError` where nothing complete can be loaded."""
+    published one, whose card names that of the CLIP it was trained from. dtype: one of `DTYPES`. Raises `ValueError` where nothing complete can be loaded."""
     source = processor or (PICKSCORE_PROCESSOR if model == PICKSCORE else model)
     loaded, tools, scale = _load(model, source, device, dtype)
     return ClipReward(
@@ -147,18 +148,22 @@ def _load(model: str, processor: str, device: str, dtype: str) -> tuple[Any, Any
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    try:
-        loaded, info = CLIPModel.from_pretrained(model, output_loading_info=True)
-        tools = CLIPProcessor.from_pretrained(processor)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"model must be a CLIP model on the hub or in a folder, got {model!r}: {reason}"
-        ) from error
+    loaded, info = _fetch("model", CLIPModel, model, output_loading_info=True)
     absent = sorted(info["missing_keys"])
-    if absent:  # transformers would leave random numbers there
+    if absent:  # transformers has put random numbers there
         raise ValueError(
             f"model must be a whole CLIP model, got {model!r} without {absent[0]} and {len(absent) - 1} others"
         )
     scale = float(loaded.logit_scale.detach().double().exp())
-    return loaded.to(device, getattr(torch, dtype)).eval().requires_grad_(False), tools, scale
+    loaded = loaded.to(device, getattr(torch, dtype)).eval().requires_grad_(False)
+    return loaded, _fetch("processor", CLIPProcessor, processor), scale
+
+
+def _fetch(name: str, kind: Any, source: str, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{name} must be a {kind.__name__} on the hub or in a folder, got {source!r}: {reason}"
+        ) from error
