@@ -173,6 +173,22 @@ class TestLongPrompts:
 
 
 class TestLoading:
+    @pytest.mark.parametrize("options", [{}, {"model": "yuvalkirstain/PickScore_v1"}])
+    def test_the_published_pickscore_has_the_processor_of_its_card(
+        self, monkeypatch: pytest.MonkeyPatch, folder: Path, options: dict[str, str]
+    ) -> None:
+        asked = []
+
+        def fetch(kind: Any, source: str, **options: Any) -> Any:
+            asked.append(source)
+            return load[kind](folder, **options)
+
+        load = {kind: kind.from_pretrained for kind in (CLIPModel, CLIPProcessor)}
+        for kind in load:
+            monkeypatch.setattr(kind, "from_pretrained", classmethod(fetch))
+        make_reward("pickscore", **options)
+        assert asked == ["yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"]
+
     @pytest.mark.parametrize("name", ["pickscore", "clipscore"])
     def test_a_model_that_is_not_there_is_an_error(self, tmp_path: Path, name: str) -> None:
         with pytest.raises(ValueError, match=r"^model must be a CLIPModel on the hub or in a fol"):

@@ -111,6 +111,10 @@ def hangs_up(handler: Handler, _: list[float]) -> None:
     handler.connection.shutdown(socket.SHUT_RDWR)
 
 
+def babbles(handler: Handler, _: list[float]) -> None:
+    handler.wfile.write(b"this is no HTTP\r\n\r\n")
+
+
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -199,8 +203,9 @@ class TestMissing:
             says("<html>it works</html>"),
             says(b"\xff\xfe\x00garbage"),
             says("[" * 100_000),
-            says(b" " * (1 << 21)),
+            says('{"scores": [1, 2, 3]}' + " " * (1 << 21)),
             hangs_up,
+            babbles,
         ],
     )
     def test_a_bad_answer_is_tried_again_and_then_missing(

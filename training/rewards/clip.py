@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from training.rewards.base import Samples, batches, check_count, pictures, score_members
 
-PICKSCORE = "yuvalkirstain/PickScore_v1"
-PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-CLIPSCORE = "openai/clip-vit-large-patch14"
 DTYPES = ("float32", "bfloat16", "float16")
 LONG_PROMPTS = ("truncate", "error")
-_PERCENT = 100.0
+_PUBLISHED = {
+    "pickscore": ("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", None),
+    "clipscore": ("openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14", 100.0),
+}
+"""Hub ids of model and processor; factor of the cosine, None for the model's own scale."""
 
 
 class ClipReward:
@@ -103,40 +105,36 @@ class ClipReward:
         self.num_truncated += num_long
 
 
-def make_pickscore(
+def _make(
+    name: str,
     *,
-    model: str = PICKSCORE,
+    model: str | None = None,
     processor: str | None = None,
     device: str = "cpu",
     dtype: str = "float32",
     batch_size: int = 16,
     long_prompts: str = "truncate",
 ) -> ClipReward:
-    """Load PickScore. model, processor: hub ids or folders; a model brings its own processor, unless it is the
-    published one, whose card names that of the CLIP it was trained from. dtype: one of `DTYPES`. Raises `ValueError` where nothing complete can be loaded."""
-    source = processor or (PICKSCORE_PROCESSOR if model == PICKSCORE else model)
-    loaded, tools, scale = _load(model, source, device, dtype)
-    return ClipReward(
-        "pickscore", loaded, tools, factor=scale, batch_size=batch_size, long_prompts=long_prompts
-    )
+    """Load a reward of this file.
 
+    Parameters
+    ----------
+    model, processor: hub ids or folders, None for those of the publication; another model brings its own processor.
+    dtype: of the model, one of `DTYPES`. batch_size, long_prompts: as `ClipReward` takes them.
 
-def make_clipscore(
-    *,
-    model: str = CLIPSCORE,
-    processor: str | None = None,
-    device: str = "cpu",
-    dtype: str = "float32",
-    batch_size: int = 16,
-    long_prompts: str = "truncate",
-) -> ClipReward:
-    """Load CLIPScore; parameters as for PickScore."""
-    loaded, tools, _ = _load(model, processor or model, device, dtype)
+    Raises
+    ------
+    ValueError: an option is wrong, or a model or processor is not there or not whole.
+    """
+    published, its_processor, factor = _PUBLISHED[name]
+    model = model or published
+    processor = processor or (its_processor if model == published else model)
+    loaded, tools, scale = _load(model, processor, device, dtype)
     return ClipReward(
-        "clipscore",
+        name,
         loaded,
         tools,
-        factor=_PERCENT,
+        factor=factor or scale,
         batch_size=batch_size,
         long_prompts=long_prompts,
     )
@@ -167,3 +165,7 @@ def _fetch(name: str, kind: Any, source: str, **options: Any) -> Any:
         raise ValueError(
             f"{name} must be a {kind.__name__} on the hub or in a folder, got {source!r}: {reason}"
         ) from error
+
+
+make_pickscore = partial(_make, "pickscore")
+make_clipscore = partial(_make, "clipscore")

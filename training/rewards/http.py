@@ -48,7 +48,8 @@ class HttpReward:
 
     Parameters
     ----------
-    url: http or https; proxies of the environment apply. encoding: "json" or "npz" of the request. batch_size: pictures per request.
+    url: http or https; proxies of the environment apply. encoding: of the request, "json" or "npz".
+    batch_size: pictures per request.
     timeout_s: of one try, to connect, to answer and to send the whole answer, each.
     retries: further tries of a request that failed. backoff_s: pause before the first, doubled before every next one.
     max_failures: so many requests in a row that failed, retries included, raise ConnectionError; None for never.
