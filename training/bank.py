@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import rapid3rt
+from training.ranks import Ranks
 from training.seeds import seed_of
 
 REFERENCE_STEPS = 80
@@ -63,7 +64,7 @@ class Bank:
     """Pairs of prompt and noise under one pipeline.
 
     prompts: one for each pair. seed: of the noises. steps: of the pipeline's call. call: its further arguments.
-    folder: where runs are kept; another folder for other pairs.
+    folder: where runs are kept; another folder for other pairs. ranks: that share the work, batch by batch.
     """
 
     pipe: Any
@@ -74,13 +75,22 @@ class Bank:
     call: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 16
     progress: bool = True
+    ranks: Ranks | None = None
+    _known: dict[str, Outcome] = field(default_factory=dict, repr=False)
+    _tables: dict[str, Table] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if not self.prompts:
             raise ValueError("prompts must hold at least one prompt, got none")
         self.folder = Path(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._claim()
+        if self.ranks is None or self.ranks.is_main:
+            self._claim()
+        self._wait()
+
+    def _wait(self) -> None:
+        if self.ranks is not None:
+            self.ranks.wait()
 
     def _claim(self) -> None:
         """Write what the folder is of, or compare with what it says."""
@@ -123,23 +133,33 @@ class Bank:
     def table(self, name: str, policy: Callable[[], Any], **dial: Any) -> Table:
         """Errors and costs of a policy. name: unique to it. dial: budget or speed."""
         name = name + "".join(f" {key}={value:g}" for key, value in dial.items())
-        outcome = self.run(name, lambda: accelerated(self.pipe, policy(), **dial))
-        error = (outcome.images - self.converged()).square().mean((1, 2, 3))
-        return Table(error=error, nfe=outcome.nfe, equivalent_steps=outcome.equivalent_steps)
+        if name not in self._tables:
+            outcome = self.run(name, lambda: accelerated(self.pipe, policy(), **dial))
+            self._known.pop(name)  # its images are not asked for again
+            error = (outcome.images - self.converged()).square().mean((1, 2, 3))
+            self._tables[name] = Table(
+                error=error, nfe=outcome.nfe, equivalent_steps=outcome.equivalent_steps
+            )
+        return self._tables[name]
 
     def run(self, name: str, way: Callable[[], Any], *, steps: int | None = None) -> Outcome:
         """What a way makes of all pairs, from the folder where it was run before."""
-        parts = []
+        if name in self._known:
+            return self._known[name]
         starts = range(0, len(self.prompts), self.batch_size)
-        for start in tqdm(starts, desc=name, disable=not self.progress, leave=False):
-            path = self.folder / f"{_plain_name(name)}-{start}.safetensors"
-            if not path.exists():
-                scratch = path.with_suffix(".tmp")
-                save_file(self._make(start, steps or self.steps, way), scratch)
-                scratch.replace(path)
-            parts.append(load_file(path))
+        paths = [self.folder / f"{_plain_name(name)}-{start}.safetensors" for start in starts]
+        missing = [(s, p) for s, p in zip(starts, paths, strict=True) if not p.exists()]
+        own = missing if self.ranks is None else self.ranks.share(missing)
+        self._wait()  # before anybody writes what others still look for
+        for start, path in tqdm(own, desc=name, disable=not self.progress or not own, leave=False):
+            scratch = path.with_suffix(".tmp")
+            save_file(self._make(start, steps or self.steps, way), scratch)
+            scratch.replace(path)
+        self._wait()
+        parts = [load_file(path) for path in paths]
         joined = {key: torch.cat([part[key] for part in parts]).float() for key in parts[0]}
-        return Outcome(**joined)
+        self._known[name] = Outcome(**joined)
+        return self._known[name]
 
     def _make(self, start: int, steps: int, way: Callable[[], Any]) -> dict[str, torch.Tensor]:
         pairs = range(start, min(start + self.batch_size, len(self.prompts)))

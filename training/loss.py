@@ -186,20 +186,3 @@ def adapt_entropy(
 def adapt_price(price: float, mean_steps: float, dial: float) -> float:
     """mu <- clip(mu + (mean E - b) / b, 0, 8): dearer while images take more than was asked for."""
     return min(max(price + (mean_steps - dial) / dial, 0.0), 8.0)
-
-
-def allocation_loss(
-    log_probs: torch.Tensor,
-    errors: torch.Tensor,
-    steps: torch.Tensor,
-    *,
-    scale: torch.Tensor,
-    price: torch.Tensor,
-    dial: torch.Tensor,
-) -> torch.Tensor:
-    """-mean_i sum_j pi_ij (-m_i(B_j) / M_b - mu_b E_j / b): every choice's reward is known, nothing is sampled.
-
-    log_probs: `[n, A]`. errors, steps: of every choice, `[n, A]`. scale, price, dial: of every row, `[n]`.
-    """
-    reward = -errors / scale[:, None] - price[:, None] * steps / dial[:, None]
-    return -(log_probs.exp() * reward).sum(1).mean()

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train policy heads: `python -m training.run RECIPE --out DIR [--field value]`.
+
+    python -m training.run tiny-sd3 --out runs/tiny-sd3
+    accelerate launch --num-processes 8 -m training.run flux-dev --policy DIR --prompts FILE --out runs/flux
+
+`DIR/policy/` is what `accelerate(pipe, policy=...)` takes, `DIR/metrics.jsonl` has a row per iteration,
+`DIR/checkpoints/` is what the same command goes on from. Every field of a recipe can be given; `--dry-run` shows them
+all and what the run will cost.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from accelerate import Accelerator
+
+from rapid3rt.policies.folder import PolicyFolder
+from rapid3rt.policies.heads import AllocationHead
+from rapid3rt.policies.learned import Dial, Heads, HeadsConfig
+from training.allocation import fit_head, read_pairs
+from training.bank import REFERENCE_STEPS
+from training.checkpoint import Checkpoints, random_state, set_random_state
+from training.config import Recipe, as_json
+from training.describe import describe
+from training.discriminator import Discriminator, DiscriminatorConfig, vae_features
+from training.grpo import Trainer
+from training.logs import Logs
+from training.pictures import Row, Sample
+from training.ranks import Ranks
+from training.recipes import RECIPES
+from training.rewards import WeightedSum
+from training.seeds import seed_of
+from training.subject import Subject, load_subject
+from training.validation import FURTHER_DIALS, Validation, rising
+
+_FREE = ("iterations", "checkpoint_every", "keep_checkpoints", "evaluate_every", "rollout_batch")
+"""Fields that a run may change when it goes on."""
+_SHOWN = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What is asked for besides the recipe."""
+
+    recipe: tyro.conf.OmitArgPrefixes[Recipe]
+    out: Path
+    """Folder of the run."""
+    banks: Path = Path("runs/banks")
+    """Where reference banks are kept, by model; runs share them."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto` goes on from the newest checkpoint; `never` refuses a folder that holds one."""
+    threads: int = 0
+    """CPU threads, 0: as torch chooses."""
+    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    dry_run: bool = False
+    """Print the resolved recipe and what it will cost, and stop."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    command = parse(sys.argv[1:] if arguments is None else arguments)
+    if command.threads:
+        torch.set_num_threads(command.threads)
+    if command.dry_run:
+        print(describe(command.recipe))
+        return
+    try:
+        train(command)
+    except ValueError as error:
+        raise SystemExit(f"training.run: {error}") from None
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Recipe and overrides. A name or field that is not known ends the program, naming the nearest."""
+    known = ", ".join(RECIPES)
+    if not arguments or arguments[0].startswith("-"):
+        raise SystemExit(
+            f"usage: python -m training.run RECIPE --out DIR [--field value]\nrecipes: {known}"
+        )
+    name, *rest = arguments
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, 1, 0.0)[0]
+        raise SystemExit(f"recipe must be one of {known}, got {name!r}; the nearest is {near!r}")
+    default = Command(recipe=RECIPES[name](), out=Path("runs") / name)
+    try:
+        return tyro.cli(Command, prog=f"training.run {name}", args=rest, default=default)
+    except ValueError as error:
+        raise SystemExit(f"training.run {name}: {error}") from None
+
+
+def train(command: Command) -> Path:
+    """Run a recipe to its end; returns the policy folder."""
+    recipe, accelerator = command.recipe, Accelerator()
+    ranks = Ranks(accelerator)
+    ranks.require_equal("recipe", json.dumps(as_json(recipe)))
+    checkpoints = _open_checkpoints(command, ranks)
+    subject = load_subject(recipe, command.banks / recipe.model.replace("/", "--"), ranks)
+    heads = make_heads(recipe, subject).to(ranks.device)
+    trainer = Trainer(
+        recipe,
+        subject,
+        heads,
+        ranks,
+        quality=WeightedSum(dict(recipe.quality)) if recipe.reward == "paper" else None,
+        discriminator=_make_discriminator(recipe, subject),
+    )
+    family = subject.searched.schedule
+    validation = Validation(
+        bank=subject.validation,
+        family=family,
+        order=recipe.order,
+        costs=subject.searched.costs,
+        ranks=ranks,
+    )
+    command.out.mkdir(parents=True, exist_ok=True)
+    with Logs(
+        command.out, tracker=command.tracker, is_main=ranks.is_main, total=recipe.iterations
+    ) as logs:
+        start, fitted = _resume(checkpoints, trainer, logs)
+        if not start:
+            fitted = _warm_start(heads, subject, recipe)
+            for name, value in fitted.items():
+                logs.say(f"{name} {value:.4g}")
+        logs.rewind(start)
+        for iteration in range(start, recipe.iterations):
+            metrics, done = trainer.iterate(iteration), iteration + 1
+            score = None
+            if done % recipe.evaluate_every == 0 or done == recipe.iterations:
+                judged, score = validation.judge(validation.measure(heads, dials_of(recipe)))
+                metrics |= judged
+            logs.row(done, metrics)
+            _tell(logs, trainer, done, score is not None)
+            if done % recipe.checkpoint_every == 0 or score is not None:
+                if ranks.is_main:
+                    state = {"trainer": trainer.state(), "random": random_state(), "fitted": fitted}
+                    checkpoints.save(done, state, score=score)
+                ranks.wait()
+        best = checkpoints.best()
+        if best is not None:
+            trainer.load_state(checkpoints.load(best)["state"]["trainer"])
+        logs.say(f"the best checkpoint is of iteration {best}; calibrating its dials")
+        further = FURTHER_DIALS if recipe.prior else ()
+        dials = sorted({*dials_of(recipe), *further}, key=lambda dial: dial or 0.0)
+        dials = [dial for dial in dials if dial is None or dial <= recipe.num_inference_steps]
+        folder = finish(recipe, subject, heads, validation.measure(heads, dials), fitted, best)
+        if ranks.is_main:
+            folder.save(command.out / "policy")
+        ranks.wait()
+        logs.say(f"policy: {command.out / 'policy'}")
+    return command.out / "policy"
+
+
+def dials_of(recipe: Recipe) -> list[float | None]:
+    """Of training; heads without a prior have none."""
+    return list(recipe.dials) if recipe.prior else [None]
+
+
+def make_heads(recipe: Recipe, subject: Subject) -> Heads:
+    """Untrained heads that fit the pipeline."""
+    transformer = subject.pipe.transformer
+    family = subject.searched.family
+    inner = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+    config = HeadsConfig(
+        family=family,
+        channels=int(transformer.config.in_channels),
+        conditioning=int(inner),
+        heads=recipe.heads,
+        levels=len(subject.searched.costs.levels),
+        width=recipe.head_width,
+        side=recipe.head_side,
+        has_prior=recipe.prior,
+        dials=tuple(float(dial) for dial in recipe.dials),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(recipe.seed, "heads"))
+        return Heads(config)
+
+
+def _make_discriminator(recipe: Recipe, subject: Subject) -> Discriminator | None:
+    if not recipe.omega:
+        return None
+    seed = seed_of(recipe.seed, "discriminator")
+    return Discriminator(vae_features(subject.pipe), DiscriminatorConfig(), seed=seed)
+
+
+def _open_checkpoints(command: Command, ranks: Ranks) -> Checkpoints:
+    """The run's checkpoints. Raises `ValueError` where they are of another recipe, or there although none may be."""
+    recipe = {name: x for name, x in as_json(command.recipe).items() if name not in _FREE}
+    folder, checkpoints = command.out / "checkpoints", None
+    for turn in (True, False):  # the main rank cleans up before others look
+        if ranks.is_main == turn:
+            keep = command.recipe.keep_checkpoints
+            checkpoints = Checkpoints(folder, fingerprint=recipe, keep_last=keep)
+        ranks.wait()
+    assert checkpoints is not None
+    if command.resume == "never" and checkpoints.latest() is not None:
+        raise ValueError(
+            f"out must hold no checkpoints with --resume never, got {str(command.out)!r}"
+        )
+    return checkpoints
+
+
+def _resume(checkpoints: Checkpoints, trainer: Trainer, logs: Logs) -> tuple[int, dict[str, float]]:
+    """The iteration to go on with, and what the warm start said."""
+    if checkpoints.latest() is None:
+        return 0, {}
+    loaded = checkpoints.load()
+    for warning in loaded["warnings"]:
+        logs.say(warning)
+    state: Mapping[str, Any] = loaded["state"]
+    trainer.load_state(state["trainer"])
+    set_random_state(state["random"])
+    logs.say(f"going on after iteration {loaded['iteration']}")
+    return loaded["iteration"], dict(state["fitted"])
+
+
+def _warm_start(heads: Heads, subject: Subject, recipe: Recipe) -> dict[str, float]:
+    """Fit the allocation head to the bank."""
+    family = subject.searched.schedule
+    if "allocation" not in heads.config.heads or family is None:
+        return {}
+    head = heads.by_name["allocation"]
+    assert isinstance(head, AllocationHead)
+    return fit_head(head, read_pairs(subject.training, family), recipe.num_inference_steps)
+
+
+def _tell(logs: Logs, trainer: Trainer, iteration: int, with_pictures: bool) -> None:
+    """Pictures of some groups beside what their noise converges to."""
+    rollout = trainer.rollout
+    if rollout is None or not with_pictures:
+        return
+    bank, rows = trainer.subject.training, []
+    for i, group in enumerate(rollout.groups[:_SHOWN]):
+        target = ((bank.converged()[group.pair] + 1) / 2).clamp(0, 1)
+        plain = Sample(image=target, nfe=float(REFERENCE_STEPS), label="converged")
+        members = tuple(
+            Sample(image=((image + 1) / 2).clamp(0, 1), nfe=float(nfe))
+            for image, nfe in zip(rollout.images[i][:_SHOWN], rollout.nfe[i], strict=False)
+        )
+        rows.append(Row(prompt=bank.prompts[group.pair], plain=plain, accelerated=members))
+    logs.pictures(iteration, rows)
+
+
+def finish(
+    recipe: Recipe,
+    subject: Subject,
+    heads: Heads,
+    dials: Sequence[Dial],
+    fitted: Mapping[str, float],
+    best: int | None,
+) -> PolicyFolder:
+    """The policy as users get it."""
+    searched = subject.searched
+    provenance = {
+        "recipe": as_json(recipe),
+        "iteration": best,
+        "warm_start": {name: value for name, value in fitted.items() if math.isfinite(value)},
+        "validation_pairs": len(subject.validation),
+        "searched": dict(searched.provenance),
+    }
+    return PolicyFolder(
+        model=searched.model,
+        schedule=searched.schedule if recipe.prior else None,
+        costs=searched.costs,
+        provenance=provenance,
+        heads=heads.cpu(),
+        order=recipe.order,
+        calibration=rising(dials) if recipe.prior else (),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a recipe trains on: a frozen pipeline, its prompts, the prior's family and the costs of actions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rapid3rt
+from rapid3rt.pipeline import bundled_policy, model_id
+from rapid3rt.policies.folder import PolicyFolder
+from rapid3rt.tiny.scenes import Scene, sample
+from training.bank import Bank
+from training.config import Recipe
+from training.ranks import Ranks
+
+_TINY = "tiny-"
+_SEEDS = {"train": 11, "validation": 5}
+"""Of the scenes that a split's pairs are drawn with."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """searched: the policy folder whose family is the prior. scenes: of every pair, None outside the tiny world."""
+
+    pipe: Any
+    searched: PolicyFolder
+    training: Bank
+    validation: Bank
+    scenes: Sequence[Scene] | None
+
+
+def load_subject(recipe: Recipe, folder: Path, ranks: Ranks) -> Subject:
+    """Load everything that is frozen. folder: where banks are kept; runs of one model may share it.
+
+    Raises ValueError for a model or policy that is not there, and for too few prompts.
+    """
+    pipe = load_pipeline(recipe, ranks.device)
+    searched = PolicyFolder.load(find_policy(recipe, pipe))
+    banks = {}
+    for split, count in (("train", recipe.pairs), ("validation", recipe.validation_pairs)):
+        banks[split] = Bank(
+            pipe,
+            load_prompts(recipe, split, count),
+            folder / f"{split}-{count}",
+            seed=_SEEDS[split],
+            steps=recipe.num_inference_steps,
+            call=call_arguments(recipe),
+            batch_size=min(16, recipe.rollout_batch),
+            progress=ranks.is_main,
+            ranks=ranks,
+        )
+    scenes = load_scenes("train", recipe.pairs) if recipe.prompts == "scenes" else None
+    return Subject(
+        pipe=pipe,
+        searched=searched,
+        training=banks["train"],
+        validation=banks["validation"],
+        scenes=scenes,
+    )
+
+
+def load_pipeline(recipe: Recipe, device: torch.device) -> Any:
+    """The frozen generator, without bars of its own."""
+    dtype = getattr(torch, recipe.dtype)
+    if recipe.model.startswith(_TINY):
+        pipe = rapid3rt.load_tiny(recipe.model.removeprefix(_TINY))
+        if dtype != torch.float32:
+            pipe.to(dtype)
+    else:
+        from diffusers import DiffusionPipeline
+
+        pipe = DiffusionPipeline.from_pretrained(recipe.model, torch_dtype=dtype)
+    pipe.to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def find_policy(recipe: Recipe, pipe: Any) -> Path:
+    """The folder of the searched policy."""
+    if recipe.policy != "bundled":
+        return Path(recipe.policy).expanduser()
+    bundled = bundled_policy(model_id(pipe.transformer))
+    if bundled is None:
+        raise ValueError(
+            f"policy must be a folder of `rapid3rt calibrate`, for none is bundled for {recipe.model}, got 'bundled'"
+        )
+    return bundled
+
+
+def call_arguments(recipe: Recipe) -> dict[str, Any]:
+    """Arguments of every call but prompts, noise and steps."""
+    call: dict[str, Any] = {
+        "guidance_scale": recipe.guidance_scale,
+        "max_sequence_length": recipe.max_sequence_length,
+    }
+    if recipe.resolution is not None:
+        call |= {"height": recipe.resolution, "width": recipe.resolution}
+    return call
+
+
+def load_scenes(split: str, count: int) -> list[Scene]:
+    """The tiny world's scenes of a split."""
+    return sample(count, _SEEDS[split], split)
+
+
+def load_prompts(recipe: Recipe, split: str, count: int) -> list[str]:
+    """Prompts of a split: of scenes, or of the file's lines, validation from its end."""
+    if recipe.prompts == "scenes":
+        return [scene.caption for scene in load_scenes(split, count)]
+    path = Path(recipe.prompts).expanduser()
+    if not path.is_file():
+        raise ValueError(
+            f"prompts must be 'scenes' or a file with one prompt per line, got {recipe.prompts!r}"
+        )
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = list(dict.fromkeys(line for line in lines if line))
+    needed = recipe.pairs + recipe.validation_pairs
+    if len(lines) < needed:
+        raise ValueError(
+            f"prompts must be at least {needed} different lines (pairs + validation_pairs), got {len(lines)} in {path}"
+        )
+    return lines[:count] if split == "train" else lines[-count:]

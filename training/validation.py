@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serve the heads as users are served, on pairs that training never sees: how good they are, and what a dial costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+import rapid3rt
+from rapid3rt.policies.learned import Dial, Heads, LearnedPolicy
+from rapid3rt.policies.schedule import ScheduleFamily, WarpFamily
+from rapid3rt.types import ActionCosts
+from training.allocation import TABLE
+from training.bank import Bank, accelerated
+from training.ranks import Ranks
+
+FURTHER_DIALS = (4.0, 12.0, 17.0, 20.0)
+"""That a finished policy is calibrated at, beside those of training."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """bank: the pairs. family: searched, None for a model without one. order, costs: as in training."""
+
+    bank: Bank
+    family: WarpFamily | None
+    order: int
+    costs: ActionCosts
+    ranks: Ranks
+
+    def measure(self, heads: Heads, dials: Sequence[float | None]) -> list[Dial]:
+        """Means over all pairs at every dial; None: heads without a prior, called 0."""
+        return [self._measure(heads, dial) for dial in dials]
+
+    def _measure(self, heads: Heads, dial: float | None) -> Dial:
+        bank, family = self.bank, self.family if heads.config.has_prior else None
+        policy = LearnedPolicy(heads, family, order=self.order, dial=dial, costs=self.costs)
+        starts = self.ranks.share(range(0, len(bank), bank.batch_size))
+        rows = torch.zeros(len(bank), 3)
+        for start in starts:
+            pairs = range(start, min(start + bank.batch_size, len(bank)))
+            with accelerated(bank.pipe, policy):
+                images = bank.images(pairs)
+                report = rapid3rt.report(bank.pipe).images
+            error = (images - bank.converged()[pairs.start : pairs.stop]).square().mean((1, 2, 3))
+            for i, pair in enumerate(pairs):
+                rows[pair] = torch.tensor(
+                    [float(error[i]), report[i].equivalent_steps, report[i].nfe]
+                )
+        means = self.ranks.sum(
+            {name: float(rows[:, i].double().sum()) for i, name in enumerate(("m", "E", "nfe"))}
+        )
+        n = len(bank)
+        return Dial(
+            dial=dial or 0.0,
+            equivalent_steps=means["E"] / n,
+            evaluations=means["nfe"] / n,
+            error=means["m"] / n,
+        )
+
+    def prior_error(self, equivalent_steps: float) -> float:
+        """Error of the searched family, all images alike, at the same cost; NaN without a family."""
+        if self.family is None:
+            return math.nan
+        family = self.family
+        ks = [k for k in TABLE if k <= self.bank.steps]
+        tables = [self.bank.table("family", lambda: ScheduleFamily(family), budget=k) for k in ks]
+        x = torch.tensor(ks, dtype=torch.float64).log() + math.log(self.costs.levels[0])
+        y = torch.stack([table.error.mean() for table in tables]).double().log()
+        i = int((x < math.log(equivalent_steps)).sum().clamp(1, len(ks) - 1))
+        share = (math.log(equivalent_steps) - x[i - 1]) / (x[i] - x[i - 1])
+        return float((y[i - 1] + share * (y[i] - y[i - 1])).exp())
+
+    def judge(self, dials: Sequence[Dial]) -> tuple[dict[str, float], float]:
+        """Metrics, and a score, larger is better: minus the mean log of the error over the family's at equal cost."""
+        metrics: dict[str, float] = {}
+        logs: list[float] = []
+        for dial in dials:
+            prior = self.prior_error(dial.equivalent_steps)
+            at = f"@{dial.dial:g}"
+            metrics |= {
+                f"validation/m{at}": dial.error,
+                f"validation/m_prior{at}": prior,
+                f"validation/E{at}": dial.equivalent_steps,
+                f"validation/nfe{at}": dial.evaluations,
+            }
+            logs.append(math.log(dial.error / prior if prior == prior else dial.error))
+        return metrics, -sum(logs) / len(logs)
+
+
+def rising(dials: Sequence[Dial]) -> tuple[Dial, ...]:
+    """A calibration: dials whose cost does not rise are pooled with their neighbours (isotonic regression)."""
+    blocks: list[list[Dial]] = []
+    for dial in sorted(dials, key=lambda d: d.dial):
+        blocks.append([dial])
+        while len(blocks) > 1 and _cost(blocks[-2]) >= _cost(blocks[-1]):
+            last = blocks.pop()
+            blocks[-1] += last
+    return tuple(
+        Dial(
+            dial=_mean(block, "dial"),
+            equivalent_steps=_cost(block),
+            evaluations=_mean(block, "evaluations"),
+            error=_mean(block, "error"),
+        )
+        for block in blocks
+    )
+
+
+def _cost(block: Sequence[Dial]) -> float:
+    return _mean(block, "equivalent_steps")
+
+
+def _mean(block: Sequence[Dial], name: str) -> float:
+    return sum(float(getattr(dial, name)) for dial in block) / len(block)
