@@ -339,6 +339,7 @@ def test_tokens_work_and_must_stay_as_many():
     [
         (torch.zeros(2, 6, 6), r"shape \(B, 3, H, W\)"),
         (torch.zeros(2, 4, 6, 6), r"shape \(B, 3, H, W\)"),
+        (torch.zeros(2, 3, 0, 6), r"shape \(B, 3, H, W\)"),
         (torch.zeros(2, 3, 6, 6, dtype=torch.uint8), "floats"),
         (torch.full((2, 3, 6, 6), math.nan), r"in 0\.\.1"),
         (torch.full((2, 3, 6, 6), -0.5), r"in 0\.\.1, got values of -0\.5"),

@@ -183,7 +183,16 @@ def test_other_models_are_refused(tmp_path):
 def test_names_tell_encoders_apart(pipe, clip_folder):
     names = {vae_features(pipe).name, clip_features(clip_folder).name}
     names.add(clip_features(clip_folder, layer=-1).name)
-    assert len(names) == 3
+    other = rapid3rt.load_tiny("sd3")
+    other.vae.encoder.conv_in.bias.data[0] += 1
+    names.add(vae_features(other).name)
+    assert len(names) == 4
+    assert vae_features(pipe).name in names
+
+
+def test_layers_that_a_tower_does_not_have_are_refused(clip_folder):
+    with pytest.raises(ValueError, match=r"layer must be in -3\.\.2, got 3"):
+        clip_features(clip_folder, layer=3)
 
 
 def test_a_head_on_them_is_small(pipe, clip_folder):

@@ -112,10 +112,17 @@ def test_r1_is_the_squared_gradient_of_finite_differences(shape):
     assert float(head.adapter.weight.grad.abs().sum()) > 0
 
 
-def test_head_standardises_by_full_pictures_and_keeps_flat_features_finite():
+def test_head_standardises_and_keeps_constant_features_small():
     head = Head(2, 4, torch.Generator().manual_seed(0))
     head.standardise(t(1, 7, 3, 7).view(2, 2))
+    assert head.scale.tolist() == pytest.approx([1, 0.1 * math.sqrt(0.5)])
     torch.testing.assert_close(head.normalised(t(1, 7, 5, 7).view(2, 2)), t(-1, 0, 3, 0).view(2, 2))
+
+
+def test_head_stays_finite_where_nothing_varies():
+    head = Head(2, 4, torch.Generator().manual_seed(0))
+    head.standardise(t(3, 7, 3, 7).view(2, 2))
+    assert head.normalised(t(4, 9).view(1, 2)).tolist() == [[1, 2]]
 
 
 def test_head_sees_one_token_as_it_sees_a_vector_and_no_order_of_tokens():

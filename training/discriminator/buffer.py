@@ -2,7 +2,7 @@
 """The replay buffer: features of accelerated pictures, each beside those of the full picture of its prompt and noise.
 
 Float16 features, not pictures. A row is a pair and is overwritten as one, so a negative never loses its positive.
-Contract: tests/training/test_discriminator_buffer.py.
+Contract: tests/training/test_discriminator_parts.py.
 """
 
 from __future__ import annotations
@@ -85,9 +85,5 @@ class PairBuffer:
                 rows = state[name]
                 self._rows[name] = rows.new_zeros(capacity, *rows.shape[1:])
                 self._rows[name][:filled] = rows
-        self._cursor, self._filled, self._newest, self._closed = (
-            cursor,
-            filled,
-            newest,
-            bool(closed),
-        )
+        self._cursor, self._filled, self._newest = cursor, filled, newest
+        self._closed = bool(closed)

@@ -28,11 +28,7 @@ def paired(real: torch.Tensor, fake: torch.Tensor) -> float:
 
     What a group sees of the discriminator: its members share prompt and noise, so what lies between prompts cancels.
     """
-    return (
-        float(((real > fake).double() + (real >= fake).double()).mean() / 2)
-        if len(real)
-        else math.nan
-    )
+    return float(((real > fake).double() + (real >= fake).double()).mean() / 2)
 
 
 def accuracy(real: torch.Tensor, fake: torch.Tensor) -> float:

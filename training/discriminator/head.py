@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 MAX_PARAMETERS = 1_000_000
-_SMALLEST_SCALE = 1e-4
+_LEAST_SHARE = 0.1
 
 
 class Head(nn.Module):
@@ -39,10 +39,16 @@ class Head(nn.Module):
             raise ValueError(f"{msg}, got {hidden}: {count:,}")
 
     def standardise(self, real: torch.Tensor) -> None:
-        """Fix mean and scale to those of full pictures' features, `[B, W]` or `[B, N, W]`."""
+        """Fix mean and scale to those of the first full pictures' features, `[B, W]` or `[B, N, W]`.
+
+        A scale is at least a tenth of the scales' root mean square: a feature that was constant in the first pictures
+        must not outweigh all others as soon as it moves. Where nothing varies, scales are 1.
+        """
         rows = real.flatten(0, -2)
+        spread = rows.std(0, correction=0)
+        least = _LEAST_SHARE * spread.square().mean().sqrt()
         self.mean.copy_(rows.mean(0))
-        self.scale.copy_(rows.std(0, correction=0).clamp(min=_SMALLEST_SCALE))
+        self.scale.copy_(spread.clamp(min=least) if least > 0 else torch.ones_like(spread))
 
     def normalised(self, features: torch.Tensor) -> torch.Tensor:
         """Features as the head sees them; of the same shape."""
