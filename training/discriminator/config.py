@@ -15,8 +15,10 @@ class DiscriminatorConfig:
     learning_rate, betas: of Adam. label_smoothing: s of the targets 1 - s / 2 and s / 2. r1_weight: half of it
     multiplies the squared gradient on full pictures, in units of the features' spread. skip_above: accuracy on a batch
     from above which nothing is learned from it. hidden: width of the head. capacity: pairs in the buffer. batch: pairs
-    per step. steps: per update. momentum: of the running mean and standard deviation. clip: of rewards, either way.
-    nfe_bins: upper edges of the bins of evaluations that diagnostics tell apart and batches draw from alike.
+    per step. steps: per update. first_steps: in the first update, so that no reward comes from a head that knows
+    nothing yet. momentum: of the running mean and standard deviation. clip: of rewards, either way.
+    nfe_bins: upper edges of the bins of evaluations that diagnostics tell apart and batches draw from alike; what is
+    above the last is in the last.
     patience: updates that alarms average over. saturated_at: AUC, or share of clipped rewards.
     blind_below: greater of AUC and share of pairs in the right order, in the bin of fewest evaluations.
     """
@@ -30,15 +32,16 @@ class DiscriminatorConfig:
     capacity: int = 4096
     batch: int = 64
     steps: int = 4
+    first_steps: int = 400
     momentum: float = 0.9
     clip: float = 3.0
-    nfe_bins: tuple[int, ...] = (3, 4, 5, 6, 8, 10, 14)
+    nfe_bins: tuple[int, ...] = (3, 4, 5, 6, 8, 10, 14, 28)
     patience: int = 20
     saturated_at: float = 0.99
     blind_below: float = 0.52
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "capacity", "batch", "steps", "patience"):
+        for name in ("hidden", "capacity", "batch", "steps", "first_steps", "patience"):
             value = getattr(self, name)
             self._check(name, "be a whole number from 1 on", type(value) is int and value >= 1)
         for name in ("learning_rate", "clip"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import torch
 
@@ -38,15 +37,7 @@ def accuracy(real: torch.Tensor, fake: torch.Tensor) -> float:
 
 def bin_of(nfe: torch.Tensor, edges: Sequence[int]) -> torch.Tensor:
     """Bin of a number of evaluations, int64 `[n]`: the first whose upper edge it does not exceed, else the last."""
-    return torch.bucketize(nfe, torch.tensor(edges))
-
-
-def bin_names(edges: Sequence[int]) -> list[str]:
-    """`1-3`, `4`, `5-6`, `over_6` for the edges 3, 4, 6."""
-    spans = [
-        f"{low + 1}-{high}" if high > low + 1 else f"{high}" for low, high in pairwise((0, *edges))
-    ]
-    return [*spans, f"over_{edges[-1]}"]
+    return torch.bucketize(nfe, torch.tensor(edges)).clamp(max=len(edges) - 1)
 
 
 def by_nfe(
@@ -55,11 +46,11 @@ def by_nfe(
     fake: torch.Tensor,
     nfe: torch.Tensor,
     edges: Sequence[int],
-) -> dict[str, float]:
-    """A measure of every bin that has pairs, fewest evaluations first. real, fake: logits of pairs `[n]`."""
+) -> dict[int, float]:
+    """A measure of every bin that has pairs, by upper edge, rising. real, fake: logits of pairs `[n]`."""
     bins = bin_of(nfe, edges)
     return {
-        name: measure(real[bins == i], fake[bins == i])
-        for i, name in enumerate(bin_names(edges))
+        edge: measure(real[bins == i], fake[bins == i])
+        for i, edge in enumerate(edges)
         if bool((bins == i).any())
     }

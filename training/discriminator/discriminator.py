@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from statistics import fmean
 
-import numpy as np
 import torch
 
 from rapid3rt.errors import StateError
@@ -27,8 +26,8 @@ from training.discriminator.diagnostics import accuracy, auc, bin_of, by_nfe, pa
 from training.discriminator.features import Features
 from training.discriminator.head import Head, cross_entropy, r1
 from training.discriminator.scale import RewardScale
+from training.seeds import seed_of
 
-_INIT, _DRAW = 0, 1
 _IDENTITY: dict[str, Callable[[Mapping[str, torch.Tensor]], object]] = {
     "features": lambda state: bytes(state["features"].tolist()).decode(),
     "seed": lambda state: int(state["seed"]),
@@ -48,7 +47,7 @@ class Discriminator:
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed must be in 0..2^63 - 1, got {seed}")
         self.features, self.config, self._seed = features, config, seed
-        self._head = Head(features.width, config.hidden, _generator(seed, _INIT))
+        self._head = Head(features.width, config.hidden, _generator(seed, "weights"))
         self._optimiser = torch.optim.Adam(
             self._head.parameters(), lr=config.learning_rate, betas=config.betas
         )
@@ -75,13 +74,10 @@ class Discriminator:
     def score(self, features: torch.Tensor) -> torch.Tensor:
         """Reward d = clip((logit - running mean) / running std, -clip, clip): float32 `[B]`.
 
-        The same for the same features until the next update. Raises StateError before the first.
+        The same for the same features until the next update. 0 for all before the first: nothing is known yet.
         """
-        if not self._scale.is_set:
-            raise StateError(
-                "score must come after the first update, got a head that has learned nothing"
-            )
-        return self._scale.pay(self._logits(self._stored("features", features).float()))
+        logits = self._logits(self._stored("features", features).float())
+        return self._scale.pay(logits) if self._scale.is_set else torch.zeros_like(logits)
 
     def add(
         self, fake_features: torch.Tensor, real_features: torch.Tensor, nfe: torch.Tensor
@@ -105,8 +101,8 @@ class Discriminator:
     def update(self) -> dict[str, float]:
         """Learn from the buffer, then move the running statistics. Returns what is to be logged.
 
-        Of the newest pairs, before anything was learned from them: `accuracy`, `auc`, `paired` (share of pairs
-        in the right order), the last two also per bin that has pairs (`auc/nfe_5`), `logit_real`, `logit_fake`,
+        Of the newest pairs, before anything was learned from them: `accuracy`, `auc`, `paired` (share of pairs in the
+        right order), the last two also per bin that has pairs (`auc@8`, its upper edge), `logit_real`, `logit_fake`,
         `clipped` (share of rewards). Over this update's batches: mean `loss` and `gradient_penalty`, and `skipped`, the
         share of them that was not learned from. `running_mean` and `running_std` are those of all rewards from here on.
         `saturated` and `blind` are 0 or 1; `alarm` says what to do.
@@ -209,9 +205,9 @@ class Discriminator:
         return {
             "accuracy": accuracy(real, fake),
             "auc": area,
-            **{f"auc/nfe_{name}": value for name, value in areas.items()},
+            **{f"auc@{edge}": value for edge, value in areas.items()},
             "paired": paired(real, fake),
-            **{f"paired/nfe_{name}": value for name, value in shares.items()},
+            **{f"paired@{edge}": value for edge, value in shares.items()},
             "logit_real": float(real.mean()),
             "logit_fake": float(fake.mean()),
             "clipped": clipped,
@@ -219,7 +215,8 @@ class Discriminator:
 
     def _learn(self) -> dict[str, float]:
         """The steps of one update, and the means of what they tell."""
-        told = zip(*(self._step() for _ in range(self.config.steps)), strict=True)
+        steps = self.config.steps if self._scale.is_set else self.config.first_steps
+        told = zip(*(self._step() for _ in range(steps)), strict=True)
         names = ("loss", "gradient_penalty", "skipped")
         return {name: fmean(values) for name, values in zip(names, told, strict=True)}
 
@@ -243,14 +240,12 @@ class Discriminator:
         """Row numbers of a batch, int64 `[batch]`: every bin of evaluations that has pairs is as likely."""
         bins = bin_of(self._buffer.nfe(), self.config.nfe_bins)
         weights = 1 / torch.bincount(bins)[bins].double()
-        generator = _generator(self._seed, _DRAW, self._steps)
+        generator = _generator(self._seed, "batch", self._steps)
         return torch.multinomial(weights, self.config.batch, replacement=True, generator=generator)
 
 
-def _generator(*key: int) -> torch.Generator:
-    """Random numbers that depend on the key alone: (seed, purpose, number)."""
-    word = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-    return torch.Generator().manual_seed(word >> 1)
+def _generator(*key: int | str) -> torch.Generator:
+    return torch.Generator().manual_seed(seed_of(*key))
 
 
 def _under(state: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
