@@ -329,14 +329,22 @@ def test_features_that_float16_cannot_hold_are_refused_with_their_row(value):
         (noise(4, 1)[:, :5], noise(4, 1), [3] * 4, r"fake_features must be of shape \(B, 6\)"),
         (noise(4, 1)[0], noise(4, 1), [3] * 4, "fake_features must be of shape"),
         (noise(4, 1), noise(3, 1), [3] * 4, r"real_features must have the shape .* \(4, 6\), got"),
-        (noise(4, 1), noise(4, 1), [3] * 3, r"nfe must be whole numbers of shape \(4,\)"),
-        (noise(4, 1), noise(4, 1), [3.0] * 4, "nfe must be whole numbers"),
-        (noise(4, 1), noise(4, 1), [3, 0, 3, 3], "nfe must be at least 1, got 0"),
+        (noise(4, 1), noise(4, 1), [3] * 3, r"nfe must be of shape \(4,\), got \(3,\)"),
+        (noise(4, 1), noise(4, 1), [3.5] * 4, "nfe must be whole numbers of at least 1, got 3.5"),
+        (noise(4, 1), noise(4, 1), [3, 0, 3, 3], "nfe must be whole numbers .*, got 0"),
+        (noise(4, 1), noise(4, 1), [3, math.nan, 3, 3], "nfe must be whole numbers .*, got nan"),
     ],
 )
 def test_pairs_that_do_not_fit_are_refused(fake, real, nfe, message):
     with pytest.raises(ValueError, match=message):
         make().add(fake, real, torch.tensor(nfe))
+
+
+def test_evaluations_may_be_floats():
+    counted, told = make(), make()
+    for one, dtype in ((counted, torch.int32), (told, torch.float32)):
+        one.add(noise(4, 1), noise(4, 2), torch.tensor([3, 5, 8, 14], dtype=dtype))
+    assert same(counted, told)
 
 
 def test_tokens_work_and_must_stay_as_many():

@@ -86,7 +86,7 @@ class Discriminator:
 
         fake_features: of accelerated pictures, of all ranks, in the same order on all of them.
         real_features: row by row those of the full picture of the same prompt and noise; repeated within a group.
-        nfe: evaluations of the accelerated pictures, whole numbers `[B]`, at least 1.
+        nfe: evaluations of the accelerated pictures, `[B]` of any dtype: whole numbers, at least 1.
 
         Raises ValueError for shapes that do not match and for values that are not finite in float16.
         """
@@ -277,11 +277,10 @@ def _check_images(images: torch.Tensor) -> None:
 
 
 def _checked_nfe(nfe: torch.Tensor, count: int) -> torch.Tensor:
-    shape = tuple(nfe.shape)
-    if nfe.is_floating_point() or nfe.is_complex() or nfe.dtype == torch.bool or shape != (count,):
-        raise ValueError(
-            f"nfe must be whole numbers of shape ({count},), got {nfe.dtype} of {shape}"
-        )
-    if count and int(nfe.min()) < 1:
-        raise ValueError(f"nfe must be at least 1, got {int(nfe.min())}")
-    return nfe.detach().to("cpu", torch.int64)
+    if tuple(nfe.shape) != (count,):
+        raise ValueError(f"nfe must be of shape ({count},), got {tuple(nfe.shape)}")
+    values = nfe.detach().to("cpu", torch.float64)
+    wrong = values[~((values >= 1) & (values == values.round()) & values.isfinite())]
+    if len(wrong):
+        raise ValueError(f"nfe must be whole numbers of at least 1, got {float(wrong[0])}")
+    return values.long()
