@@ -19,6 +19,7 @@ from training.statistics import (
     Draws,
     at_cost,
     derangement,
+    difference,
     estimate,
     fitted_mean,
     holm,
@@ -82,13 +83,13 @@ def shuffled(comparison: Comparison) -> Json:
     for k, other in sorted(study.shuffled.items()):
         own, draws = study.ours[k], comparison.draws(other.pairs)
         mean = draws.mean(other.error)
-        gain = mean - draws.mean(own.error)
-        ps.append(p_value(gain))
+        relative = -difference(draws.mean(own.error), mean)
+        ps.append(p_value(relative))
         answers[f"{k:g}"] = {
             "own": float(own.error.mean()),
             "shuffled": float(mean[0]),
-            "gain": estimate(gain).to_dict(),
-            "relative_gain": estimate(gain / mean).to_dict(),
+            "gain": estimate(relative * mean).to_dict(),
+            "relative_gain": estimate(relative).to_dict(),
             "p": ps[-1],
         }
     for answer, p in zip(answers.values(), holm(ps), strict=True):
@@ -118,11 +119,11 @@ def shuffled_allocation(comparison: Comparison, seed: int = 0) -> Json:
             order = derangement(ours.pairs, rng)
             others += np.stack([lookup(ks, errors, nfe[order]) for nfe in ours.nfe])
         mean = draws.mean(others / _LOOKUP_DRAWS)
-        gain = mean - draws.mean(own)
+        relative = -difference(draws.mean(own), mean)
         answers[f"{dial:g}"] = {
             "own": float(own.mean()),
             "shuffled": float(mean[0]),
-            "relative_gain": estimate(gain / mean).to_dict(),
+            "relative_gain": estimate(relative).to_dict(),
         }
     return answers
 

@@ -18,6 +18,7 @@ from training.statistics import (
     Draws,
     at_cost,
     bootstrap,
+    difference,
     estimate,
     holm,
     never_worse,
@@ -32,7 +33,7 @@ SCORE_DROP = 0.01
 """Upper bound of the fall of the scene score up to which ours is not inferior to the full run."""
 _SLACK = 1.05
 """How far beyond its ends a curve is read, as a factor of cost."""
-OURS, SEARCHED, FULL = "ours", "searched", f"plain {PLAIN}"
+OURS, SEARCHED = "ours", "searched"
 
 Json = dict[str, Any]
 
@@ -55,9 +56,8 @@ class Comparison:
     def ways(self) -> Json:
         """Every way at every setting: cost, error, worst tenth, score and similarity to the full run."""
         study = self.study
-        curves = {OURS: study.ours, **study.rivals, SEARCHED: study.searched, **study.schedules}
-        named = {FULL: self._point(study.full)}
-        return {"full": named[FULL]} | {
+        curves = {OURS: study.ours, SEARCHED: study.searched, **study.schedules, **study.rivals}
+        return {"full": self._point(study.full)} | {
             name: {f"{k:g}": self._point(curve[k]) for k in sorted(curve)}
             for name, curve in curves.items()
         }
@@ -77,15 +77,14 @@ class Comparison:
     def against(self) -> Json:
         """Ours relative to every rival at equal cost, by dial; p-values Holm-corrected over dials."""
         study = self.study
-        answers = {
+        searched = {
+            name: self._corrected({float(k): self.at_ours(study.ours[k], c) for k in study.dials})
+            for name, c in {SEARCHED: study.searched, **study.schedules}.items()
+        }
+        return searched | {
             name: self._corrected({k: self._at_theirs(way) for k, way in curve.items()})
             for name, curve in study.rivals.items()
         }
-        for name, curve in {SEARCHED: study.searched, **study.schedules}.items():
-            answers[name] = self._corrected(
-                {float(k): self.at_ours(study.ours[k], curve) for k in study.dials}
-            )
-        return answers
 
     def _at_theirs(self, rival: Measured) -> Json:
         draws = self.draws(rival.pairs)
@@ -95,7 +94,7 @@ class Comparison:
             return _beyond("ours", costs, cost)
         theirs = draws.mean(rival.error), draws.worst(rival.error)
         ours = at_cost(cost, costs, errors), at_cost(cost, costs, worst)
-        return _difference(cost, ours, theirs)
+        return _compared(cost, ours, theirs)
 
     def at_ours(self, ours: Measured, curve: Curve, chosen: Any = None) -> Json:
         """Ours relative to a curve at the cost that ours has. chosen: bool `[N]`, the pairs to look at, else all."""
@@ -108,7 +107,7 @@ class Comparison:
             return _beyond("the searched schedules", costs, cost)
         theirs = at_cost(cost, costs, errors), at_cost(cost, costs, worst)
         mine = draws.mean(ours.error[:, keep]), draws.worst(ours.error[:, keep])
-        return _difference(cost, mine, theirs)
+        return _compared(cost, mine, theirs)
 
     def curve(self, curve: Curve, pairs: int, chosen: Any = None) -> tuple[Array, Array, Array]:
         """Mean cost, mean error and worst tenth of the error at every point, `[K, D]` each, on the first pairs."""
@@ -131,7 +130,7 @@ class Comparison:
     def iso(self) -> Json:
         """Cost at which every way has the error of the plain full run, and the speed-up that this is."""
         study = self.study
-        curves = {OURS: study.ours, **study.rivals, SEARCHED: study.searched}
+        curves = {OURS: study.ours, SEARCHED: study.searched, **study.rivals}
         return {name: self._iso(curve) for name, curve in curves.items() if len(curve) > 1}
 
     def _iso(self, curve: Curve) -> Json:
@@ -147,16 +146,16 @@ class Comparison:
         }
 
 
-def _difference(cost: Array, ours: tuple[Array, Array], theirs: tuple[Array, Array]) -> Json:
-    relative, worst = (a / b - 1 for a, b in zip(ours, theirs, strict=True))
-    difference = estimate(relative)
+def _compared(cost: Array, ours: tuple[Array, Array], theirs: tuple[Array, Array]) -> Json:
+    relative, worst = (difference(a, b) for a, b in zip(ours, theirs, strict=True))
+    mean = estimate(relative)
     return {
         "cost": float(cost[0]),
         "ours": float(ours[0][0]),
         "theirs": float(theirs[0][0]),
-        "difference": difference.to_dict(),
+        "difference": mean.to_dict(),
         "worst_tenth": estimate(worst).to_dict(),
-        "never_worse": never_worse(difference),
+        "never_worse": never_worse(mean),
         "p": p_value(relative),
     }
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 CLOSE = 0.02
 """Relative distance to the wanted cost at which the search ends: what is compared is interpolated to equal cost."""
 _TRIES = 8
-_DIGITS = 4
+_DIGITS = 3
 
 
 class Dialling:
@@ -27,7 +27,7 @@ class Dialling:
     def find(self, target: float) -> tuple[float, float]:
         """The setting whose cost is nearest to a target above 0, and that cost, after at most 8 new tries.
 
-        Settings are rounded to 4 digits. A cost that jumps over the target ends with the nearer side of the jump.
+        Settings are rounded to 3 digits. A cost that jumps over the target ends with the nearer side of the jump.
         """
         if not (math.isfinite(target) and target > 0):
             raise ValueError(f"target must be a finite cost above 0, got {target!r}")

@@ -122,6 +122,11 @@ class Protocol:
             k: [ways.served(folder, k) for folder in settings.policies] for k in settings.asked
         }
 
+    @property
+    def runs(self) -> Runs:
+        """Of the split that counts."""
+        return self._runs(self.settings.split, self.settings.pairs)
+
     def calibrate(self) -> Calibration:
         """Settings of the rivals, on the validation split."""
         s = self.settings
@@ -171,10 +176,9 @@ class Protocol:
                 },
             )
 
-    @contextmanager
-    def _meter(self, split: str, pairs: int, evaluations: float) -> Iterator[Meter]:
+    def _runs(self, split: str, pairs: int) -> Runs:
         s = self.settings
-        runs = Runs(
+        return Runs(
             self._pipe,
             pairs,
             split=split,
@@ -183,6 +187,11 @@ class Protocol:
             tokens=s.tokens,
             store=self._store,
         )
+
+    @contextmanager
+    def _meter(self, split: str, pairs: int, evaluations: float) -> Iterator[Meter]:
+        s = self.settings
+        runs = self._runs(split, pairs)
         form = "{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} evaluations, {remaining} left{postfix}"
         with tqdm(total=evaluations, desc=split, bar_format=form, smoothing=0.05) as bar:
             yield Meter(runs, s.reference, bar)
@@ -202,13 +211,13 @@ class Protocol:
         """Name to pairs and the ways by dial."""
         s, costs = self.settings, self.costs
         makers: dict[str, tuple[int, Callable[[int], Way]]] = {
-            "plain": (s.pairs, ways.plain),
-            "steps/trim": (s.pairs, lambda k: ways.steps(k, "trim", costs)),
+            "prior": (s.others, lambda k: ways.served(s.base, k)),
             "controller": (s.pairs, lambda k: self._controller(found.tolerances[k][0], k)),
             "threshold": (s.others, lambda k: self._threshold(found.thresholds[k][0], k)),
+            "plain": (s.pairs, ways.plain),
+            "steps/trim": (s.pairs, lambda k: ways.steps(k, "trim", costs)),
             "steps/trim/auto": (s.others, lambda k: ways.steps(k, "trim/auto", costs)),
             "steps/trim/ab2": (s.others, lambda k: ways.steps(k, "trim/ab2", costs)),
-            "prior": (s.others, lambda k: ways.served(s.base, k)),
         }
         for name in SOLVERS:
             pairs = s.pairs if name == found.solver else s.others

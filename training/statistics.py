@@ -111,6 +111,15 @@ def bootstrap(groups: Sequence[Hashable], seeds: int, draws: int, seed: int = 0)
     )
 
 
+def difference(ours: Array, theirs: Array) -> Array:
+    """Relative difference of two statistics, ours / theirs - 1, draw by draw: `[D]`.
+
+    Less than a billionth is rounding, and 0: what is the same must not come out as surely better.
+    """
+    relative = ours / np.maximum(theirs, _TINY) - 1
+    return np.where(np.abs(relative) < 1e-9, 0.0, relative)
+
+
 def p_value(draws: Array) -> float:
     """Two-sided bootstrap p of `[D]` being 0: twice the smaller share of redraws beyond it; at least 2 / D."""
     redraws = draws[1:]

@@ -104,5 +104,10 @@ class Meter:
     def _outcome(self, way: Way, pairs: int) -> Any:
         self._bar.set_postfix_str(way.key[:40], refresh=False)
         for size in self.runs.batches(way, pairs):
-            self._bar.update(size * way.evaluations)
+            self._advance(size * way.evaluations)
         return self.runs.outcome(way, pairs)
+
+    def _advance(self, evaluations: float) -> None:
+        """A bar that has more behind it than it expected has no end to show: it grows."""
+        self._bar.total = max(self._bar.total, self._bar.n + evaluations)
+        self._bar.update(evaluations)

@@ -162,7 +162,7 @@ def _strata(document: Json) -> str:
         for stratum in document["strata"]
     ]
     text = (
-        "## Within strata\n\nOurs against the searched family at the cost that ours has in the stratum; each cell: cost: "
+        "## Within strata\n\nOurs against the searched family at the cost that ours has there; each cell: cost: "
         "relative difference of the mean error."
     )
     return text + "\n\n" + table(["by", "stratum", "pairs", *(f"dial {k}" for k in dials)], rows)

@@ -14,6 +14,7 @@ from training.statistics import (
     at_cost,
     bootstrap,
     derangement,
+    difference,
     estimate,
     fitted_mean,
     holm,
@@ -154,6 +155,12 @@ def test_p_value_counts_the_smaller_side() -> None:
 def test_p_value_is_never_zero_nor_above_one() -> None:
     assert p_value(np.array([5.0] * 1000)) == pytest.approx(2 / 1000)
     assert p_value(np.zeros(100)) == 1.0  # a way against itself
+
+
+def test_rounding_is_no_difference() -> None:
+    theirs = np.array([2.0, 4.0, 0.3])
+    got = difference(np.array([1.0, 5.0, 0.1 + 0.2]), theirs)
+    assert got.tolist() == [-0.5, 0.25, 0.0]
 
 
 def test_holm_by_hand() -> None:

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluate policies on held-out pairs (METHOD.md, section 6): error at equal cost against every rival, and adaptivity.
+
+    python -m training.evaluate POLICY [POLICY ...] --model tiny-sd3 --split test --out DIR
+
+POLICY: folders of one recipe, one for each training seed. DIR gets `evaluate.json` (everything), `evaluate.md` (the
+tables), pictures, and `cache` with every run, so that an interrupted evaluation goes on; give several evaluations one
+`--cache` and they share the rivals' runs. The sizes that METHOD.md asks for are the defaults: hours on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import rapid3rt
+from rapid3rt.pipeline import BUNDLED_POLICIES, model_id
+from rapid3rt.planning.jsonfile import write_document
+from rapid3rt.policies.schedule import WarpFamily, load_schedule
+from rapid3rt.tiny import GUIDANCE, bundled_names
+from training import adaptivity, panels, ways
+from training.comparison import OURS, Comparison, verdicts
+from training.machine import machine
+from training.protocol import Calibration, Protocol, Settings
+from training.study import Study
+from training.tables import markdown
+from training.ways import PLAIN
+
+FORMAT, VERSION = "rapid3rt.evaluation", 1
+_PREFIX = "tiny-"
+_EXAMPLES, _EXAMPLES_FROM = 8, 64
+_EXAMPLE_DIAL = 6
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    options = _parser().parse_args(arguments)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    try:
+        evaluate(options)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"evaluate: {error}")
+
+
+def evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    """Run, compare, write, print; returns the document."""
+    pipe = load_model(options.model)
+    pipe.set_progress_bar_config(disable=True)
+    settings = _settings(options)
+    for folder in (*settings.policies, settings.base):
+        _check_policy(folder, settings.base, model_id(pipe.transformer))
+    if not panels.can_draw():
+        print("no pictures: they need matplotlib (pip install 'rapid3rt[plot]')", file=sys.stderr)
+    out: Path = options.out
+    protocol = Protocol(pipe, settings, options.cache or out / "cache")
+    calibration = protocol.calibrate()
+    study = protocol.study(calibration)
+    document = describe(study, settings, calibration, options)
+    write_document(out / "evaluate.json", document)
+    text = markdown(document)
+    _write_text(out / "evaluate.md", text)
+    print(text)
+    if panels.can_draw():
+        panels.draw_all(document, out)
+    _draw_examples(protocol, study, out / "pairs.png")
+    return document
+
+
+def load_model(name: str) -> Any:
+    """The pipeline of a name such as `tiny-sd3`. Raises `ValueError` for one that is not known."""
+    known = [_PREFIX + bundled for bundled in bundled_names()]
+    if name not in known:
+        raise ValueError(f"model must be one of {', '.join(known)}, got {name!r}")
+    return rapid3rt.load_tiny(name.removeprefix(_PREFIX))
+
+
+def describe(
+    study: Study, settings: Settings, calibration: Calibration, options: argparse.Namespace
+) -> dict[str, Any]:
+    """The document: what was asked, where it ran, what was measured and what it says."""
+    comparison = Comparison(study, options.draws)
+    chosen = asdict(settings)
+    for name in ("policies", "base", "schedules"):
+        del chosen[name]
+    document: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "settings": {"model": options.model, "draws": options.draws, **chosen},
+        "machine": machine(),
+        "policies": [_named(folder) for folder in settings.policies],
+        "base": _named(settings.base),
+        "schedules": [path.name for path in settings.schedules],
+        "calibration": calibration.to_dict(),
+        "ways": comparison.ways(),
+        "against": comparison.against(),
+        "iso": comparison.iso(),
+        **adaptivity.everything(comparison),
+    }
+    document["verdicts"] = verdicts(document, settings.dials)
+    # As a reader of the file sees it: keys are text, lists are lists.
+    read: dict[str, Any] = json.loads(json.dumps(document, allow_nan=False))
+    return read
+
+
+def _named(folder: Path) -> dict[str, str]:
+    return {"name": folder.resolve().name, "digest": ways.folder_digest(folder)}
+
+
+def _check_policy(folder: Path, base: Path, model: str) -> None:
+    """A policy of another model, or on another grid than its rivals, makes numbers that mean nothing."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"policy must be a folder with a config.json, got '{folder}'")
+    made_for = json.loads((folder / "config.json").read_text()).get("model")
+    if made_for != model:
+        raise ValueError(f"policy must be made for {model}, got '{folder}', made for {made_for}")
+    grid, own = (_family(path / "schedule.json") for path in (base, folder))
+    if own is not None and grid is not None and ways.digest(own) != ways.digest(grid):
+        raise ValueError(
+            f"base must have the searched family of the policy '{folder}', got another in '{base}'; "
+            "name the folder that the policy was trained on with --base"
+        )
+
+
+def _family(path: Path) -> WarpFamily | None:
+    found = load_schedule(path) if path.is_file() else None
+    return found if isinstance(found, WarpFamily) else None
+
+
+def _draw_examples(protocol: Protocol, study: Study, path: Path) -> None:
+    """Eight pairs from easy to hard: the full run, plain steps, ours of the first seed."""
+    dial = min(study.dials, key=lambda k: abs(k - _EXAMPLE_DIAL))
+    first = min(_EXAMPLES_FROM, len(study.scenes))
+    hardness = study.searched[study.tables[0]].error[0][:first]
+    order = np.argsort(hardness)
+    shown = order[np.linspace(0, first - 1, min(_EXAMPLES, first)).round().astype(int)]
+    plain, ours = study.rivals["plain"][dial], study.ours[dial]
+    chosen = (ways.plain(PLAIN), ways.plain(dial), protocol.ours[dial][0])
+    images = [protocol.runs.outcome(way, first).images for way in chosen]
+    examples = []
+    for i in shown:
+        notes = [
+            "",
+            _note(plain.nfe[0, i], plain.error[0, i]),
+            _note(ours.nfe[0, i], ours.error[0, i]),
+        ]
+        notes[0] = _note(PLAIN, study.full.error[0, i])
+        caption = study.scenes[i].caption
+        row = tuple(batch[i] for batch in images)
+        examples.append(panels.Example(caption=caption, images=row, notes=tuple(notes)))
+    panels.draw_grid(examples, (f"plain {PLAIN}", f"plain {dial}", f"{OURS}, mean {dial}"), path)
+
+
+def _note(evaluations: float, error: float) -> str:
+    return f"{evaluations:.0f} evaluations, m {1000 * error:.2f}e-3"
+
+
+def _write_text(path: Path, text: str) -> None:
+    scratch = path.with_name(f".{path.name}-{os.getpid()}")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    names = {field.name for field in fields(Settings)}
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(options).items()
+        if name in names and value is not None
+    }
+    given.setdefault("base", BUNDLED_POLICIES / options.model.removeprefix(_PREFIX) / "policy")
+    # A short run is a prefix of itself.
+    given["others"] = min(given["others"], given["pairs"])
+    return Settings(**given)
+
+
+def _parser() -> argparse.ArgumentParser:
+    default = {field.name: field.default for field in fields(Settings)}
+    parser = argparse.ArgumentParser(
+        prog="python -m training.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("policies", type=Path, nargs="+", metavar="POLICY", help="folders, one per training seed")
+    add("--model", required=True, help="tiny-sd3 or tiny-flux")
+    add("--out", type=Path, required=True, help="folder of the results")
+    add("--cache", type=Path, help="folder of the runs, may be shared; default OUT/cache")
+    add(
+        "--base",
+        type=Path,
+        help="calibrated folder that the policies started from; default: the bundled one",
+    )
+    add(
+        "--schedule",
+        dest="schedules",
+        type=Path,
+        action="append",
+        help="a searched schedule; may be repeated",
+    )
+    add("--split", default=default["split"], help="train, calibration, validation or test")
+    add("--seed", type=int, default=default["seed"], help="of the pairs")
+    add("--pairs", type=int, default=default["pairs"], help="for the main ways")
+    add("--others", type=int, default=default["others"], help="prefix for the other ways")
+    add("--calibration", type=int, default=default["calibration"], help="pairs that set the rivals")
+    add("--dials", type=int, nargs="+", default=default["dials"], help="means that are compared")
+    add(
+        "--means", type=int, nargs="*", default=default["means"], help="further means of ours alone"
+    )
+    add(
+        "--claimed",
+        type=int,
+        nargs="*",
+        default=default["claimed"],
+        help="dials of the shuffled control",
+    )
+    add("--derangements", type=int, default=default["derangements"], help="shuffles of each")
+    add(
+        "--reference",
+        type=int,
+        default=default["reference"],
+        help="steps of the converged solutions",
+    )
+    add("--draws", type=int, default=2000, help="of the bootstrap")
+    add("--guidance", type=float, default=GUIDANCE, help="guidance scale of the call")
+    add("--threads", type=int, help="of torch; default: its own choice")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
