@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from training.statistics import (
     Array,
@@ -36,6 +37,7 @@ _SLACK = 1.05
 OURS, SEARCHED = "ours", "searched"
 
 Json = dict[str, Any]
+Chosen = NDArray[np.bool_]
 
 
 class Comparison:
@@ -96,11 +98,10 @@ class Comparison:
         ours = at_cost(cost, costs, errors), at_cost(cost, costs, worst)
         return _compared(cost, ours, theirs)
 
-    def at_ours(self, ours: Measured, curve: Curve, chosen: Any = None) -> Json:
+    def at_ours(self, ours: Measured, curve: Curve, chosen: Chosen | None = None) -> Json:
         """Ours relative to a curve at the cost that ours has. chosen: bool `[N]`, the pairs to look at, else all."""
         pairs = min(ours.pairs, *(way.pairs for way in curve.values()))
-        draws = self.draws(pairs) if chosen is None else self.draws(pairs).within(chosen[:pairs])
-        keep = np.arange(pairs) if chosen is None else np.flatnonzero(chosen[:pairs])
+        draws, keep = self._some(pairs, chosen)
         cost = draws.mean(ours.cost[:, keep])
         costs, errors, worst = self.curve(curve, pairs, chosen)
         if len(costs) < 2 or not _covers(costs, cost):
@@ -109,14 +110,21 @@ class Comparison:
         mine = draws.mean(ours.error[:, keep]), draws.worst(ours.error[:, keep])
         return _compared(cost, mine, theirs)
 
-    def curve(self, curve: Curve, pairs: int, chosen: Any = None) -> tuple[Array, Array, Array]:
+    def curve(
+        self, curve: Curve, pairs: int, chosen: Chosen | None = None
+    ) -> tuple[Array, Array, Array]:
         """Mean cost, mean error and worst tenth of the error at every point, `[K, D]` each, on the first pairs."""
-        draws = self.draws(pairs) if chosen is None else self.draws(pairs).within(chosen[:pairs])
-        keep = np.arange(pairs) if chosen is None else np.flatnonzero(chosen[:pairs])
+        draws, keep = self._some(pairs, chosen)
         points = [curve[k] for k in sorted(curve)]
         costs = np.stack([draws.mean(way.cost[:, keep]) for way in points])
         errors = np.stack([draws.mean(way.error[:, keep]) for way in points])
         return costs, errors, np.stack([draws.worst(way.error[:, keep]) for way in points])
+
+    def _some(self, pairs: int, chosen: Chosen | None) -> tuple[Draws, NDArray[np.intp]]:
+        """Draws of the first pairs that were chosen, and which they are."""
+        if chosen is None:
+            return self.draws(pairs), np.arange(pairs)
+        return self.draws(pairs).within(chosen[:pairs]), np.flatnonzero(chosen[:pairs])
 
     def _corrected(self, by_dial: Mapping[float, Json]) -> Json:
         """Adds to every comparison its corrected p-value and what may be said."""

@@ -31,7 +31,7 @@ from training import adaptivity, panels, ways
 from training.comparison import OURS, Comparison, verdicts
 from training.machine import machine
 from training.protocol import Calibration, Protocol, Settings
-from training.study import Study
+from training.study import Measured, Study
 from training.tables import markdown
 from training.ways import PLAIN
 
@@ -65,14 +65,13 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     protocol = Protocol(pipe, settings, options.cache or out / "cache")
     calibration = protocol.calibrate()
     study = protocol.study(calibration)
-    document = describe(study, settings, calibration, options)
+    document = describe(study, settings, calibration, options.model)
     write_document(out / "evaluate.json", document)
-    text = markdown(document)
+    pictures = panels.draw_all(document, out) if panels.can_draw() else []
+    pictures.append(_draw_examples(protocol, study, out / "pairs.png"))
+    text = markdown(document, [path.name for path in pictures])
     _write_text(out / "evaluate.md", text)
     print(text)
-    if panels.can_draw():
-        panels.draw_all(document, out)
-    _draw_examples(protocol, study, out / "pairs.png")
     return document
 
 
@@ -85,17 +84,17 @@ def load_model(name: str) -> Any:
 
 
 def describe(
-    study: Study, settings: Settings, calibration: Calibration, options: argparse.Namespace
+    study: Study, settings: Settings, calibration: Calibration, model: str
 ) -> dict[str, Any]:
-    """The document: what was asked, where it ran, what was measured and what it says."""
-    comparison = Comparison(study, options.draws)
+    """The document: what was asked, where it ran, what was measured and what it says. model: its name."""
+    comparison = Comparison(study, settings.draws)
     chosen = asdict(settings)
     for name in ("policies", "base", "schedules"):
         del chosen[name]
     document: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
-        "settings": {"model": options.model, "draws": options.draws, **chosen},
+        "settings": {"model": model, **chosen},
         "machine": machine(),
         "policies": [_named(folder) for folder in settings.policies],
         "base": _named(settings.base),
@@ -118,9 +117,9 @@ def _named(folder: Path) -> dict[str, str]:
 
 def _check_policy(folder: Path, base: Path, model: str) -> None:
     """A policy of another model, or on another grid than its rivals, makes numbers that mean nothing."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"policy must be a folder with a config.json, got '{folder}'")
-    made_for = json.loads((folder / "config.json").read_text()).get("model")
+    ways.folder_digest(folder)  # it is a policy folder
+    config = json.loads((folder / "config.json").read_text())
+    made_for = config.get("model") if isinstance(config, dict) else None
     if made_for != model:
         raise ValueError(f"policy must be made for {model}, got '{folder}', made for {made_for}")
     grid, own = (_family(path / "schedule.json") for path in (base, folder))
@@ -136,32 +135,29 @@ def _family(path: Path) -> WarpFamily | None:
     return found if isinstance(found, WarpFamily) else None
 
 
-def _draw_examples(protocol: Protocol, study: Study, path: Path) -> None:
+def _draw_examples(protocol: Protocol, study: Study, path: Path) -> Path:
     """Eight pairs from easy to hard: the full run, plain steps, ours of the first seed."""
     dial = min(study.dials, key=lambda k: abs(k - _EXAMPLE_DIAL))
     first = min(_EXAMPLES_FROM, len(study.scenes))
-    hardness = study.searched[study.tables[0]].error[0][:first]
-    order = np.argsort(hardness)
+    order = np.argsort(study.searched[study.tables[0]].error[0][:first])
     shown = order[np.linspace(0, first - 1, min(_EXAMPLES, first)).round().astype(int)]
     plain, ours = study.rivals["plain"][dial], study.ours[dial]
     chosen = (ways.plain(PLAIN), ways.plain(dial), protocol.ours[dial][0])
     images = [protocol.runs.outcome(way, first).images for way in chosen]
-    examples = []
-    for i in shown:
-        notes = [
-            "",
-            _note(plain.nfe[0, i], plain.error[0, i]),
-            _note(ours.nfe[0, i], ours.error[0, i]),
-        ]
-        notes[0] = _note(PLAIN, study.full.error[0, i])
-        caption = study.scenes[i].caption
-        row = tuple(batch[i] for batch in images)
-        examples.append(panels.Example(caption=caption, images=row, notes=tuple(notes)))
+    examples = [
+        panels.Example(
+            caption=study.scenes[i].caption,
+            images=tuple(batch[i] for batch in images),
+            notes=tuple(_note(way, i) for way in (study.full, plain, ours)),
+        )
+        for i in shown
+    ]
     panels.draw_grid(examples, (f"plain {PLAIN}", f"plain {dial}", f"{OURS}, mean {dial}"), path)
+    return path
 
 
-def _note(evaluations: float, error: float) -> str:
-    return f"{evaluations:.0f} evaluations, m {1000 * error:.2f}e-3"
+def _note(way: Measured, pair: int) -> str:
+    return f"{way.nfe[0, pair]:.0f} evaluations, m {1000 * way.error[0, pair]:.2f}e-3"
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -178,13 +174,16 @@ def _settings(options: argparse.Namespace) -> Settings:
         if name in names and value is not None
     }
     given.setdefault("base", BUNDLED_POLICIES / options.model.removeprefix(_PREFIX) / "policy")
-    # A short run is a prefix of itself.
-    given["others"] = min(given["others"], given["pairs"])
+    # What was not asked for follows what was: a short run is a prefix of itself, a dial is no further mean.
+    default = Settings(policies=given["policies"], base=given["base"])
+    dials, pairs = given.get("dials", default.dials), given.get("pairs", default.pairs)
+    given.setdefault("others", min(default.others, pairs))
+    given.setdefault("means", tuple(k for k in default.means if k not in dials))
+    given.setdefault("claimed", tuple(k for k in default.claimed if k in dials))
     return Settings(**given)
 
 
 def _parser() -> argparse.ArgumentParser:
-    default = {field.name: field.default for field in fields(Settings)}
     parser = argparse.ArgumentParser(
         prog="python -m training.evaluate",
         description=__doc__,
@@ -194,45 +193,22 @@ def _parser() -> argparse.ArgumentParser:
     add("policies", type=Path, nargs="+", metavar="POLICY", help="folders, one per training seed")
     add("--model", required=True, help="tiny-sd3 or tiny-flux")
     add("--out", type=Path, required=True, help="folder of the results")
-    add("--cache", type=Path, help="folder of the runs, may be shared; default OUT/cache")
-    add(
-        "--base",
-        type=Path,
-        help="calibrated folder that the policies started from; default: the bundled one",
-    )
-    add(
-        "--schedule",
-        dest="schedules",
-        type=Path,
-        action="append",
-        help="a searched schedule; may be repeated",
-    )
-    add("--split", default=default["split"], help="train, calibration, validation or test")
-    add("--seed", type=int, default=default["seed"], help="of the pairs")
-    add("--pairs", type=int, default=default["pairs"], help="for the main ways")
-    add("--others", type=int, default=default["others"], help="prefix for the other ways")
-    add("--calibration", type=int, default=default["calibration"], help="pairs that set the rivals")
-    add("--dials", type=int, nargs="+", default=default["dials"], help="means that are compared")
-    add(
-        "--means", type=int, nargs="*", default=default["means"], help="further means of ours alone"
-    )
-    add(
-        "--claimed",
-        type=int,
-        nargs="*",
-        default=default["claimed"],
-        help="dials of the shuffled control",
-    )
-    add("--derangements", type=int, default=default["derangements"], help="shuffles of each")
-    add(
-        "--reference",
-        type=int,
-        default=default["reference"],
-        help="steps of the converged solutions",
-    )
-    add("--draws", type=int, default=2000, help="of the bootstrap")
-    add("--guidance", type=float, default=GUIDANCE, help="guidance scale of the call")
-    add("--threads", type=int, help="of torch; default: its own choice")
+    add("--cache", type=Path, help="folder of the runs, may be shared; else OUT/cache")
+    add("--base", type=Path, help="calibrated folder they started from; else the bundled one")
+    add("--schedule", dest="schedules", type=Path, action="append", help="a searched schedule")
+    add("--split", help="train, calibration, validation or test; else test")
+    add("--seed", type=int, help="of the pairs; else 0")
+    add("--pairs", type=int, help="for the main ways; else 1000")
+    add("--others", type=int, help="prefix of them for the other ways; else 256")
+    add("--calibration", type=int, help="validation pairs that set the rivals; else 64")
+    add("--dials", type=int, nargs="+", help="means that are compared; else 5 6 8 10 14")
+    add("--means", type=int, nargs="*", help="further means, of ours alone; else 4 12")
+    add("--claimed", type=int, nargs="*", help="dials of the shuffled control; else 6 8")
+    add("--derangements", type=int, help="shuffles of each; else 2")
+    add("--reference", type=int, help="steps of the converged solutions; else 120")
+    add("--draws", type=int, help="of the bootstrap; else 2000")
+    add("--guidance", type=float, help=f"guidance scale of the call; else {GUIDANCE:g}")
+    add("--threads", type=int, help="of torch; else its own choice")
     return parser
 
 

@@ -15,11 +15,10 @@ _FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def machine() -> dict[str, Any]:
-    """Processor with the features that matter, device, threads, versions, and the commit where git knows one."""
+    """Processor with the features that matter, threads, versions, and the commit where git knows one."""
     return {
         "processor": _cpu("model name") or platform.processor(),
         "features": [name for name in _FEATURES if name in _cpu("flags").split()],
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from rapid3rt.policies.folder import PolicyFolder
 from rapid3rt.policies.schedule import WarpFamily, load_schedule
+from rapid3rt.tiny import GUIDANCE
 from rapid3rt.tiny.rivals import SOLVERS
 from rapid3rt.tiny.scenes import SPLITS
 from rapid3rt.types import ActionCosts
@@ -44,7 +45,7 @@ class Settings:
     family and its costs are the rivals'. schedules: files of further searched schedules. split, seed: of the pairs.
     pairs: for the main ways. others: a prefix of them for the rest. calibration: pairs of the validation split. dials:
     means that are compared. means: further ones, for ours alone. claimed: dials of the shuffled control. derangements:
-    of each. reference: steps of the converged solutions. guidance, tokens: of the call.
+    of each. reference: steps of the converged solutions. draws: of the bootstrap. guidance, tokens: of the call.
     """
 
     policies: tuple[Path, ...]
@@ -60,13 +61,17 @@ class Settings:
     claimed: tuple[int, ...] = (6, 8)
     derangements: int = 2
     reference: int = 120
-    guidance: float = 3.5
+    draws: int = 2000
+    guidance: float = GUIDANCE
     tokens: int = 32
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for what would fail or mean nothing hours later."""
         asked = (*self.dials, *self.means)
         _require("policies", bool(self.policies), "be at least one folder", "none")
+        digests = [ways.folder_digest(folder) for folder in self.policies]
+        differ = len(set(digests)) == len(digests)
+        _require("policies", differ, "differ: seeds of one recipe", [f.name for f in self.policies])
         _require("split", self.split in SPLITS, f"be one of {', '.join(SPLITS)}", repr(self.split))
         _require("seed", self.seed >= 0, "be at least 0", self.seed)
         _require("pairs", self.pairs >= 3, "be at least 3", self.pairs)
@@ -76,6 +81,9 @@ class Settings:
         _require("dials", all(1 < k < PLAIN for k in asked), f"be 2 to {PLAIN - 1}", asked)
         _require("dials", len(set(asked)) == len(asked), "differ, those of means too", asked)
         _require("dials", len(asked) > 1, "be two or more, together with means", asked)
+        # Below, no p-value of the bootstrap could stay under 5 % after Holm's correction.
+        fewest = 40 * len(self.dials)
+        _require("draws", self.draws >= fewest, f"be at least {fewest}, 40 a dial", self.draws)
         known = set(self.claimed) <= set(self.dials)
         _require("claimed", known, f"be some of the dials {self.dials}", self.claimed)
         _require("derangements", self.derangements >= 0, "be at least 0", self.derangements)

@@ -6,14 +6,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from training.comparison import OURS, SEARCHED
+from training.comparison import OURS
 
 Json = Mapping[str, Any]
 _NOTHING = "-"
 
 
-def markdown(document: Json) -> str:
-    """The whole page. document: what `evaluate.json` holds."""
+def markdown(document: Json, pictures: Iterable[str] = ()) -> str:
+    """The whole page. document: what `evaluate.json` holds. pictures: files to show at its end."""
     settings = document["settings"]
     names = ", ".join(policy["name"] for policy in document["policies"])
     seeds = len(document["policies"])
@@ -33,6 +33,7 @@ def markdown(document: Json) -> str:
         _quality(document),
         _strata(document),
         _rivals(document),
+        *(f"![{name.partition('.')[0]}]({name})" for name in pictures),
     ]
     return "\n\n".join([*head, *sections]) + "\n"
 
@@ -51,7 +52,7 @@ def _errors(document: Json) -> str:
     dials = document["settings"]["dials"]
     rows = []
     for name, curve in document["ways"].items():
-        if name in ("full", SEARCHED) or not any(f"{k:g}" in curve for k in dials):
+        if name == "full" or not any(f"{k:g}" in curve for k in dials):
             continue
         points = [curve.get(f"{k:g}") for k in dials]
         pairs = next(p["pairs"] for p in points if p)
