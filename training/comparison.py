@@ -46,6 +46,7 @@ class Comparison:
     def __init__(self, study: Study, draws: int, seed: int = 0) -> None:
         self.study, self._count, self._seed = study, draws, seed
         self._known: dict[int, Draws] = {}
+        self._curves: dict[tuple[int, int], tuple[Array, Array, Array]] = {}
 
     def draws(self, pairs: int) -> Draws:
         """Of the first pairs: the same for every way, so that all comparisons are paired."""
@@ -114,11 +115,17 @@ class Comparison:
         self, curve: Curve, pairs: int, chosen: Chosen | None = None
     ) -> tuple[Array, Array, Array]:
         """Mean cost, mean error and worst tenth of the error at every point, `[K, D]` each, on the first pairs."""
+        key = (id(curve), pairs)  # curves live as long as the study
+        if chosen is None and key in self._curves:
+            return self._curves[key]
         draws, keep = self._some(pairs, chosen)
         points = [curve[k] for k in sorted(curve)]
         costs = np.stack([draws.mean(way.cost[:, keep]) for way in points])
         errors = np.stack([draws.mean(way.error[:, keep]) for way in points])
-        return costs, errors, np.stack([draws.worst(way.error[:, keep]) for way in points])
+        found = costs, errors, np.stack([draws.worst(way.error[:, keep]) for way in points])
+        if chosen is None:
+            self._curves[key] = found
+        return found
 
     def _some(self, pairs: int, chosen: Chosen | None) -> tuple[Draws, NDArray[np.intp]]:
         """Draws of the first pairs that were chosen, and which they are."""
