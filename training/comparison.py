@@ -34,6 +34,8 @@ SCORE_DROP = 0.01
 """Upper bound of the fall of the scene score up to which ours is not inferior to the full run."""
 _SLACK = 1.05
 """How far beyond its ends a curve is read, as a factor of cost."""
+_STEP = 1.001
+"""From one point of a curve to the next, at least, as a factor of cost."""
 OURS, SEARCHED = "ours", "searched"
 
 Json = dict[str, Any]
@@ -105,8 +107,8 @@ class Comparison:
         draws, keep = self._some(pairs, chosen)
         cost = draws.mean(ours.cost[:, keep])
         costs, errors, worst = self.curve(curve, pairs, chosen)
-        if len(costs) < 2 or not _covers(costs, cost):
-            return _beyond("the searched schedules", costs, cost)
+        if not _covers(costs, cost):
+            return _beyond("the schedules", costs, cost)
         theirs = at_cost(cost, costs, errors), at_cost(cost, costs, worst)
         mine = draws.mean(ours.error[:, keep]), draws.worst(ours.error[:, keep])
         return _compared(cost, mine, theirs)
@@ -114,12 +116,15 @@ class Comparison:
     def curve(
         self, curve: Curve, pairs: int, chosen: Chosen | None = None
     ) -> tuple[Array, Array, Array]:
-        """Mean cost, mean error and worst tenth of the error at every point, `[K, D]` each, on the first pairs."""
+        """Mean cost, mean error and worst tenth of the error at every point, `[K, D]` each, on the first pairs.
+
+        Points rise in cost. A rule at the end of its range costs the same at two settings: the first one stands.
+        """
         key = (id(curve), pairs)  # curves live as long as the study
         if chosen is None and key in self._curves:
             return self._curves[key]
         draws, keep = self._some(pairs, chosen)
-        points = [curve[k] for k in sorted(curve)]
+        points = _rising(curve.values(), keep)
         costs = np.stack([draws.mean(way.cost[:, keep]) for way in points])
         errors = np.stack([draws.mean(way.error[:, keep]) for way in points])
         found = costs, errors, np.stack([draws.worst(way.error[:, keep]) for way in points])
@@ -146,11 +151,14 @@ class Comparison:
         """Cost at which every way has the error of the plain full run, and the speed-up that this is."""
         study = self.study
         curves = {OURS: study.ours, SEARCHED: study.searched, **study.rivals}
-        return {name: self._iso(curve) for name, curve in curves.items() if len(curve) > 1}
+        found = {name: self._iso(curve) for name, curve in curves.items()}
+        return {name: answer for name, answer in found.items() if answer is not None}
 
-    def _iso(self, curve: Curve) -> Json:
+    def _iso(self, curve: Curve) -> Json | None:
         pairs = min(way.pairs for way in curve.values())
         costs, errors, _ = self.curve(curve, pairs)
+        if len(costs) < 2:
+            return None
         goal = self.draws(pairs).mean(self.study.full.error[:, :pairs])
         cost = reaching(goal, costs, errors)
         return {
@@ -175,14 +183,27 @@ def _compared(cost: Array, ours: tuple[Array, Array], theirs: tuple[Array, Array
     }
 
 
+def _rising(points: Iterable[Measured], keep: NDArray[np.intp]) -> list[Measured]:
+    """By mean cost, without those that cost no more than the one before."""
+    found: list[tuple[float, Measured]] = []
+    for cost, way in sorted(
+        ((float(w.cost[:, keep].mean()), w) for w in points), key=lambda p: p[0]
+    ):
+        if not found or cost > _STEP * found[-1][0]:
+            found.append((cost, way))
+    return [way for _, way in found]
+
+
 def _covers(costs: Array, cost: Array) -> bool:
     """Whether a curve was measured about where it is to be read."""
+    if len(costs) < 2:
+        return False
     return bool(costs[0, 0] <= cost[0] * _SLACK and cost[0] <= costs[-1, 0] * _SLACK)
 
 
 def _beyond(whose: str, costs: Array, cost: Array) -> Json:
     found = ", ".join(f"{c:.2f}" for c in costs[:, 0])
-    return {"cost": float(cost[0]), "note": f"{whose} was measured at {found} only"}
+    return {"cost": float(cost[0]), "note": f"{whose}: measured at {found} only"}
 
 
 def verdicts(document: Mapping[str, Any], dials: Iterable[int]) -> Json:

@@ -63,6 +63,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         print("no pictures: they need matplotlib (pip install 'rapid3rt[plot]')", file=sys.stderr)
     out: Path = options.out
     protocol = Protocol(pipe, settings, options.cache or out / "cache")
+    protocol.try_out()
     calibration = protocol.calibrate()
     study = protocol.study(calibration)
     document = describe(study, settings, calibration, options.model)

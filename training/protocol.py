@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,14 @@ class Protocol:
         """Of the split that counts."""
         return self._runs(self.settings.split, self.settings.pairs)
 
+    def try_out(self) -> None:
+        """A batch of every policy at its ends and of every schedule: what is wrong shows before hours of rivals."""
+        s, runs = self.settings, self.runs
+        ours = [way for k in (s.asked[0], s.asked[-1]) for way in self.ours[k]]
+        families = [ways.searched(f, s.dials[0], self.costs) for f in self._families.values()]
+        for way in (*ours, *families, *self._fixed.values()):
+            next(runs.batches(way, s.pairs))
+
     def calibrate(self) -> Calibration:
         """Settings of the rivals, on the validation split."""
         s = self.settings
@@ -163,7 +172,7 @@ class Protocol:
             )
 
     def study(self, calibration: Calibration) -> Study:
-        """Run everything on the split that counts. Ours comes first: what is wrong with a policy shows at once."""
+        """Run everything on the split that counts."""
         s, rivals = self.settings, self._rivals(calibration)
         with self._meter(s.split, s.pairs, self._expected(rivals)) as meter:
             ours: Curve = {k: meter.measure(seeds, s.pairs) for k, seeds in self.ours.items()}
@@ -229,7 +238,7 @@ class Protocol:
         }
         for name in SOLVERS:
             pairs = s.pairs if name == found.solver else s.others
-            makers[name] = (pairs, lambda k, name=name: ways.multistep(name, k))  # type: ignore[misc]
+            makers[name] = (pairs, partial(ways.multistep, name))
         return {
             name: (pairs, {float(k): make(k) for k in s.dials})
             for name, (pairs, make) in makers.items()
@@ -286,7 +295,7 @@ def _read_schedules(
             families[name] = replace(plan, allocation=None)
             differs = len(families) > known
         else:
-            way = ways.fixed(plan, costs)
+            way = ways.fixed(plan, costs, f"schedule:{path.name}")
             differs = way.evaluations not in fixed
             fixed[way.evaluations] = way
         _require(

@@ -77,10 +77,12 @@ def searched(family: WarpFamily, k: int, costs: ActionCosts) -> Way:
     return _policy(key, k, lambda: ScheduleFamily(family, budget=k), costs)
 
 
-def fixed(plan: FixedPlan, costs: ActionCosts) -> Way:
-    """A fixed schedule."""
+def fixed(plan: FixedPlan, costs: ActionCosts, name: str = "schedule") -> Way:
+    """A fixed schedule. name: for its errors."""
     computes = sum(tick.action == COMPUTE for tick in plan.ticks)
-    return _policy(f"schedule {digest(plan)}", computes, lambda: FixedSchedule(plan), costs)
+    return _policy(
+        f"schedule {digest(plan)}", computes, lambda: FixedSchedule(plan, name=name), costs
+    )
 
 
 def controller(tolerance: float, family: WarpFamily, k: float, costs: ActionCosts) -> Way:

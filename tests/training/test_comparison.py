@@ -77,7 +77,7 @@ def test_what_was_not_measured_there_is_said_and_not_guessed() -> None:
     c = hardness()
     rivals = {"plain": {5.0: measured(c, 3.0), 6.0: measured(c, 6.0)}}
     answers = comparison(rivals=rivals).against()["plain"]
-    assert answers["5"]["note"] == "ours was measured at 4.00, 5.00, 6.00, 8.00, 12.00 only"
+    assert answers["5"]["note"] == "ours: measured at 4.00, 5.00, 6.00, 8.00, 12.00 only"
     assert "difference" not in answers["5"]
     assert answers["6"]["p_holm"] == answers["6"]["p"]  # corrected over those that were compared
 
@@ -85,7 +85,28 @@ def test_what_was_not_measured_there_is_said_and_not_guessed() -> None:
 def test_one_fixed_schedule_is_no_curve() -> None:
     schedules = {"fixed schedules": curve(hardness(), (6,))}
     answers = comparison(schedules=schedules).against()["fixed schedules"]
-    assert answers["6"]["note"] == "the searched schedules was measured at 6.00 only"
+    assert answers["6"]["note"] == "the schedules: measured at 6.00 only"
+
+
+def test_a_rule_at_the_end_of_its_range_is_measured_once_there() -> None:
+    # Its cost does not come below 6, and at 5 and 6 it is the same; ours may have such an end too.
+    c = hardness()
+    stuck = {5.0: measured(c / 36, 6.0), 6.0: measured(c / 36, 6.0), 8.0: measured(c / 64, 8.0)}
+    base = study()
+    made = comparison(rivals={"controller": stuck}, ours={**base.ours, 5.0: base.ours[6.0]})
+    answers = made.against()["controller"]
+    assert answers["5"]["difference"] == answers["6"]["difference"]
+    assert made.iso()["controller"]["measured_to"] == pytest.approx(8)
+    alone = comparison(rivals={"controller": {5.0: stuck[5.0], 6.0: stuck[6.0]}})
+    assert "controller" not in alone.iso()
+
+
+def test_a_curve_that_falls_back_in_cost_is_read_by_cost() -> None:
+    c = hardness()
+    back = {4.0: measured(c / 36, 6.0), 6.0: measured(c / 16, 4.0), 8.0: measured(c / 64, 8.0)}
+    costs, errors, _ = comparison().curve(back, N)
+    assert costs[:, 0] == pytest.approx([4, 6, 8])
+    assert errors[0, 0] == pytest.approx(c.mean() / 16)
 
 
 def test_a_way_against_itself_is_never_better() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rapid3rt.pipeline import BUNDLED_POLICIES
+from rapid3rt.policies.schedule import FixedPlan, ScheduleTick, save_schedule
 from training import evaluate, protocol
 from training.protocol import Settings
 from training.runs import Runs
@@ -58,6 +59,29 @@ def test_one_command_leaves_everything_and_goes_on_from_its_cache(
     evaluate.main([*SMALL.split(), "--out", str(tmp_path / "again"), "--cache", str(cache)])
     again = json.loads((tmp_path / "again" / "evaluate.json").read_text())
     assert again == document
+
+
+def test_a_schedule_that_does_not_fit_shows_before_the_rivals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("the rivals came first")
+
+    monkeypatch.setattr(protocol.Protocol, "calibrate", never)
+    plan = FixedPlan(family="flux", ticks=(ScheduleTick(sigma=1.0),))
+    save_schedule(plan, tmp_path / "foreign.json")
+    words = [*SMALL.split(), "--out", str(tmp_path), "--schedule", str(tmp_path / "foreign.json")]
+    with pytest.raises(SystemExit, match="family must be 'flux', for which schedule:foreign"):
+        evaluate.main(words)
+
+
+def test_two_schedules_of_one_number_are_refused(tmp_path: Path) -> None:
+    plan = FixedPlan(family="sd3", ticks=(ScheduleTick(sigma=1.0),))
+    paths = (tmp_path / "a.json", tmp_path / "b.json")
+    for path in paths:
+        save_schedule(plan, path)
+    with pytest.raises(ValueError, match="schedules must differ in name, or in evaluations"):
+        protocol.Protocol(None, settings(schedules=paths), tmp_path)
 
 
 @pytest.mark.parametrize(
