@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ import torch
 import rapid3rt
 from rapid3rt.pipeline import BUNDLED_POLICIES, model_id
 from rapid3rt.planning.jsonfile import write_document
-from rapid3rt.policies.schedule import WarpFamily, load_schedule
+from rapid3rt.policies.folder import PolicyFolder
 from rapid3rt.tiny import GUIDANCE, bundled_names
 from training import adaptivity, panels, ways
 from training.comparison import OURS, Comparison, verdicts
@@ -118,22 +119,18 @@ def _named(folder: Path) -> dict[str, str]:
 
 def _check_policy(folder: Path, base: Path, model: str) -> None:
     """A policy of another model, or on another grid than its rivals, makes numbers that mean nothing."""
-    ways.folder_digest(folder)  # it is a policy folder
-    config = json.loads((folder / "config.json").read_text())
-    made_for = config.get("model") if isinstance(config, dict) else None
-    if made_for != model:
-        raise ValueError(f"policy must be made for {model}, got '{folder}', made for {made_for}")
-    grid, own = (_family(path / "schedule.json") for path in (base, folder))
-    if own is not None and grid is not None and ways.digest(own) != ways.digest(grid):
+    policy, grid = PolicyFolder.load(folder), PolicyFolder.load(base).schedule
+    if policy.model != model:
+        raise ValueError(
+            f"policy must be made for {model}, got '{folder}', made for {policy.model}"
+        )
+    if policy.schedule is None or grid is None:
+        return
+    if ways.digest(policy.schedule) != ways.digest(grid):
         raise ValueError(
             f"base must have the searched family of the policy '{folder}', got another in '{base}'; "
             "name the folder that the policy was trained on with --base"
         )
-
-
-def _family(path: Path) -> WarpFamily | None:
-    found = load_schedule(path) if path.is_file() else None
-    return found if isinstance(found, WarpFamily) else None
 
 
 def _draw_examples(protocol: Protocol, study: Study, path: Path) -> Path:
@@ -179,9 +176,20 @@ def _settings(options: argparse.Namespace) -> Settings:
     default = Settings(policies=given["policies"], base=given["base"])
     dials, pairs = given.get("dials", default.dials), given.get("pairs", default.pairs)
     given.setdefault("others", min(default.others, pairs))
-    given.setdefault("means", tuple(k for k in default.means if k not in dials))
+    given.setdefault("means", _further_means(given["policies"], default.means, dials))
     given.setdefault("claimed", tuple(k for k in default.claimed if k in dials))
     return Settings(**given)
+
+
+def _further_means(
+    policies: Sequence[Path], means: Sequence[float], dials: Sequence[int]
+) -> tuple[float, ...]:
+    """The means within what all policies were calibrated for, the ends of that in place of those beyond."""
+    tables = [PolicyFolder.load(folder).calibration for folder in policies]
+    low = max((table[0].equivalent_steps for table in tables if table), default=0.0)
+    high = min((table[-1].equivalent_steps for table in tables if table), default=float(PLAIN))
+    inside = {min(max(k, math.ceil(100 * low) / 100), math.floor(100 * high) / 100) for k in means}
+    return tuple(sorted(inside - set(dials)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -203,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--others", type=int, help="prefix of them for the other ways; else 256")
     add("--calibration", type=int, help="validation pairs that set the rivals; else 64")
     add("--dials", type=int, nargs="+", help="means that are compared; else 5 6 8 10 14")
-    add("--means", type=int, nargs="*", help="further means, of ours alone; else 4 12")
+    add("--means", type=float, nargs="*", help="further means, of ours alone; else 4 12")
     add("--claimed", type=int, nargs="*", help="dials of the shuffled control; else 6 8")
     add("--derangements", type=int, help="shuffles of each; else 2")
     add("--reference", type=int, help="steps of the converged solutions; else 120")

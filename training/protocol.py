@@ -58,7 +58,7 @@ class Settings:
     others: int = 256
     calibration: int = 64
     dials: tuple[int, ...] = (5, 6, 8, 10, 14)
-    means: tuple[int, ...] = (4, 12)
+    means: tuple[float, ...] = (4.0, 12.0)
     claimed: tuple[int, ...] = (6, 8)
     derangements: int = 2
     reference: int = 120
@@ -91,7 +91,7 @@ class Settings:
         _require("reference", self.reference > PLAIN, f"be above {PLAIN}", self.reference)
 
     @property
-    def asked(self) -> list[int]:
+    def asked(self) -> list[float]:
         """Means that ours is asked for, rising."""
         return sorted((*self.dials, *self.means))
 
@@ -125,6 +125,10 @@ class Protocol:
     def __init__(self, pipe: Any, settings: Settings, store: Path) -> None:
         self.settings, self._pipe, self._store = settings, pipe, store
         base = PolicyFolder.load(settings.base)
+        if base.schedule is None or base.heads is not None:
+            raise ValueError(
+                f"base must be a calibrated folder, got learned heads in '{settings.base}'"
+            )
         self.costs, self.family = base.costs, replace(base.schedule, allocation=None)
         self._families, self._fixed = _read_schedules(settings.schedules, self.costs)
         self.ours = {

@@ -10,13 +10,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import rapid3rt
 from rapid3rt.policies.controller import Controller
 from rapid3rt.policies.replay import Replay
 from rapid3rt.policies.schedule import (
@@ -29,6 +28,7 @@ from rapid3rt.policies.threshold import Threshold
 from rapid3rt.runtime.trace import Trace
 from rapid3rt.tiny.rivals import solver
 from rapid3rt.types import COMPUTE, ActionCosts
+from training.bank import accelerated
 
 PLAIN = 28
 """Steps of the call that users make."""
@@ -100,7 +100,9 @@ def served(folder: Path, mean: float) -> Way:
     """A policy folder as users load it, asked for a mean of evaluations. The folder prices its own actions."""
     speed = PLAIN / mean
     key = f"policy {folder_digest(folder)} speed={speed!r}"
-    return Way(key=key, evaluations=mean, open=lambda pipe, _: accelerated(pipe, folder, speed))
+    return Way(
+        key=key, evaluations=mean, open=lambda pipe, _: accelerated(pipe, folder, speed=speed)
+    )
 
 
 def shuffled(way: Way, traces: Sequence[Trace], order: Sequence[int], name: str) -> Way:
@@ -129,16 +131,6 @@ def _policy(key: str, evaluations: float, make: Callable[[], Any], costs: Action
         open=lambda pipe, _: accelerated(pipe, make()),
         costs=costs,
     )
-
-
-@contextmanager
-def accelerated(pipe: Any, policy: Any, speed: float | None = None) -> Iterator[None]:
-    """The pipeline under a policy while the context is open."""
-    rapid3rt.accelerate(pipe, policy, speed=speed)
-    try:
-        yield
-    finally:
-        rapid3rt.restore(pipe)
 
 
 def digest(plan: FixedPlan | WarpFamily) -> str:

@@ -9,18 +9,47 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rapid3rt.pipeline import BUNDLED_POLICIES
+from rapid3rt.policies.folder import PolicyFolder
+from rapid3rt.policies.learned import Dial, Heads, HeadsConfig
 from rapid3rt.policies.schedule import FixedPlan, ScheduleTick, save_schedule
 from training import evaluate, protocol
 from training.protocol import Settings
 from training.runs import Runs
+from training.ways import Way
 
 BASE = BUNDLED_POLICIES / "sd3" / "policy"
 SMALL = (
-    f"{BASE} --model tiny-sd3 --pairs 3 --others 3 --calibration 1 --dials 3 4 --means 6 --claimed 3 "
+    "--model tiny-sd3 --pairs 3 --others 3 --calibration 1 --dials 3 4 --means 6 --claimed 3 "
     "--derangements 1 --reference 29 --draws 80 --threads 2"
 )
+
+
+def learned(folder: Path, weight_seed: int) -> Path:
+    """A folder with heads on top of the base, small random ones, calibrated from 2.5 to 8."""
+    base = PolicyFolder.load(BASE)
+    torch.manual_seed(weight_seed)
+    heads = Heads(
+        HeadsConfig(family="sd3", channels=4, conditioning=128, width=8, side=8, dials=(3.0, 6.0))
+    )
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    table = tuple(
+        Dial(dial=k, equivalent_steps=k, evaluations=k, error=1 / k) for k in (2.5, 4.0, 8.0)
+    )
+    made = PolicyFolder(
+        model=base.model,
+        schedule=base.schedule,
+        costs=base.costs,
+        provenance={"seed": weight_seed},
+        heads=heads,
+        calibration=table,
+    )
+    made.save(folder)
+    return folder
 
 
 def settings(**changes: Any) -> Settings:
@@ -33,7 +62,8 @@ def test_one_command_leaves_everything_and_goes_on_from_its_cache(
 ) -> None:
     monkeypatch.setattr(protocol, "TABLES", (3, 5))
     out, cache = tmp_path / "out", tmp_path / "runs"
-    evaluate.main([*SMALL.split(), "--out", str(out), "--cache", str(cache)])
+    words = [str(BASE), *SMALL.split(), "--cache", str(cache)]
+    evaluate.main([*words, "--out", str(out)])
     document = json.loads((out / "evaluate.json").read_text())
     pictures = {"error.png", "against.png", "adaptivity.png", "strata.png", "pairs.png"}
     assert {path.name for path in out.iterdir()} == {"evaluate.json", "evaluate.md", *pictures}
@@ -46,19 +76,44 @@ def test_one_command_leaves_everything_and_goes_on_from_its_cache(
     assert str(tmp_path) not in json.dumps(document)
     assert document["ways"]["plain"]["3"]["cost"]["value"] == pytest.approx(3)
     assert document["ways"]["ours"]["3"]["pairs"] == 3
-    # The policy is the base: it is its own prior, and better than nothing.
+    # The policy is the base: it is its own prior.
     assert document["against"]["prior"]["3"]["difference"]["value"] == 0
-    assert not document["verdicts"]["3"]["better_than_searched"]
     assert set(document["shuffled"]) == {"3"}
     assert set(document["verdicts"]) == {"3", "4"}
 
     def never(*_: Any) -> None:
         raise AssertionError("a run was made again")
 
-    monkeypatch.setattr(Runs, "_make", never)
-    evaluate.main([*SMALL.split(), "--out", str(tmp_path / "again"), "--cache", str(cache)])
+    with monkeypatch.context() as patch:
+        patch.setattr(Runs, "_make", never)
+        evaluate.main([*words, "--out", str(tmp_path / "again")])
     again = json.loads((tmp_path / "again" / "evaluate.json").read_text())
     assert again == document
+
+    # Two seeds of learned heads share the rivals' runs and are averaged.
+    made: list[str] = []
+    make = Runs._make
+
+    def noted(self: Runs, way: Way, *rest: Any) -> None:
+        made.append(way.key.split()[0])
+        make(self, way, *rest)
+
+    monkeypatch.setattr(Runs, "_make", noted)
+    seeds = [str(learned(tmp_path / f"seed{i}", i)) for i in (1, 2)]
+    evaluate.main([*seeds, *words[1:], "--out", str(tmp_path / "learned")])
+    assert set(made) <= {"policy", "searched"}
+    trained = json.loads((tmp_path / "learned" / "evaluate.json").read_text())
+    assert [policy["name"] for policy in trained["policies"]] == ["seed1", "seed2"]
+    assert len(trained["ways"]["ours"]["3"]["error_by_seed"]) == 2
+    assert trained["ways"]["plain"] == document["ways"]["plain"]
+
+
+def test_further_means_stay_within_what_policies_were_calibrated_for(tmp_path: Path) -> None:
+    words = f"{learned(tmp_path, 0)} --model tiny-sd3 --out x --dials 5 6"
+    made = evaluate._settings(evaluate._parser().parse_args(words.split()))
+    assert made.means == (4.0, 8.0)  # 4 as it stands, 12 at the end of the table
+    words = f"{learned(tmp_path, 0)} --model tiny-sd3 --out x --dials 5 8"
+    assert evaluate._settings(evaluate._parser().parse_args(words.split())).means == (4.0,)
 
 
 def test_a_schedule_that_does_not_fit_shows_before_the_rivals(
@@ -70,7 +125,14 @@ def test_a_schedule_that_does_not_fit_shows_before_the_rivals(
     monkeypatch.setattr(protocol.Protocol, "calibrate", never)
     plan = FixedPlan(family="flux", ticks=(ScheduleTick(sigma=1.0),))
     save_schedule(plan, tmp_path / "foreign.json")
-    words = [*SMALL.split(), "--out", str(tmp_path), "--schedule", str(tmp_path / "foreign.json")]
+    words = [
+        str(BASE),
+        *SMALL.split(),
+        "--out",
+        str(tmp_path),
+        "--schedule",
+        str(tmp_path / "foreign.json"),
+    ]
     with pytest.raises(SystemExit, match="family must be 'flux', for which schedule:foreign"):
         evaluate.main(words)
 
@@ -140,6 +202,5 @@ def test_a_policy_must_be_one_of_this_model_on_the_same_grid(tmp_path: Path) -> 
         evaluate._check_policy(tmp_path, BASE, model)
     (tmp_path / "schedule.json").write_text(json.dumps(schedule | {"allocation": None}))
     evaluate._check_policy(tmp_path, BASE, model)  # what it allocates is its own
-    (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(ValueError, match=f"policy must be made for {model}"):
-        evaluate._check_policy(tmp_path, BASE, model)
+    with pytest.raises(ValueError, match="base must be a calibrated folder, got learned heads"):
+        protocol.Protocol(None, settings(base=learned(tmp_path / "learned", 0)), tmp_path)
