@@ -13,9 +13,9 @@ from typing import Any
 
 from rapid3rt import ops
 from rapid3rt.adapters import ADAPTERS, Adapter
-from rapid3rt.errors import StateError, UnsupportedError
+from rapid3rt.errors import StateError, UnsupportedError, check_count, check_number
 from rapid3rt.policies import is_rule, parse
-from rapid3rt.policies.base import check_number, evaluations_at
+from rapid3rt.policies.base import evaluations_at
 from rapid3rt.policies.budget import BudgetedDense, with_budget, with_speed
 from rapid3rt.policies.controller import Controller
 from rapid3rt.policies.fixed import Dense
@@ -289,10 +289,8 @@ def _check_dial(budget: int | None, speed: float | None) -> None:
         raise ValueError(
             f"budget and speed must not both be given, got budget={budget}, speed={speed}"
         )
-    if budget is not None and (
-        isinstance(budget, bool) or not isinstance(budget, int) or budget < 1
-    ):
-        raise ValueError(f"budget must be an integer of 1 to the number of steps, got {budget!r}")
+    if budget is not None:
+        check_count("budget", budget)
     if speed is not None:
         check_number("speed", speed, lambda s: s >= 1, "a finite number of at least 1")
 

@@ -20,8 +20,8 @@ from rapid3rt.calibrate.allocate import allocate
 from rapid3rt.calibrate.measure import Bench, error_profile
 from rapid3rt.calibrate.search import FEWEST_TICKS, search
 from rapid3rt.calibrate.table import before_and_after, format_table, plot
+from rapid3rt.errors import check_count
 from rapid3rt.pipeline import accelerate, restore
-from rapid3rt.policies.base import check_count
 from rapid3rt.policies.folder import PolicyFolder
 
 __all__ = ["calibrate", "format_table"]
