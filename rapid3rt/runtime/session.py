@@ -402,13 +402,13 @@ class Session:
         """Make the embedded latents of the images that compute their new reference."""
         assert run.computes is not None
         assert run.plan is not None
-        if run.reference is None:
-            run.reference = torch.zeros(
-                run.num_images, *seen.shape[1:], dtype=seen.dtype, device=seen.device
-            )
         if index is None and all(a == COMPUTE for a in run.plan.action):
-            run.reference = seen.clone()  # a view would keep the tokens of all branches alive
-        elif index is None:
+            # A view of some rows or tokens would keep those of all branches and references alive.
+            is_part = seen.nbytes < seen.untyped_storage().nbytes()
+            run.reference = seen.clone() if is_part else seen
+            return
+        assert run.reference is not None  # at the first tick all images compute
+        if index is None:
             run.reference = torch.where(run.computes.view(-1, 1, 1), seen, run.reference)
         else:
             mask = run.computes[index].view(-1, 1, 1)
