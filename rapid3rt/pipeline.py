@@ -54,6 +54,9 @@ def accelerate(
     Swaps the transformer, the scheduler and, where there is one, the ControlNet of this pipeline object for twins; the
     call of the pipeline does not change.
 
+    Residuals live as long as a call of the pipeline. After an exception in a callback or another part of the pipeline
+    that is none of these, they stay until the next call or `restore`.
+
     Parameters
     ----------
     pipe: a diffusers pipeline with a supported transformer and a FlowMatch Euler scheduler.

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """One accelerated pipeline: its runs, ticks and calls. The walk of a tick is `forward`, then `step`.
 
-A run begins when the pipeline sets its timesteps and ends with its last tick; a new one discards whatever an older
-one left, also after an exception. The session knows policies and adapters by protocol only.
+A run begins when the pipeline sets its timesteps and ends with its last tick, or with an exception out of a call of
+ours, and lets go of its tensors. An exception elsewhere in the pipeline (a callback, the VAE) is seen by nobody: then
+they stay until the next run, which discards whatever an older one left, or until `close`. The session knows policies
+and adapters by protocol only.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -197,6 +200,17 @@ class Session:
         if self._state is None or self.regrid_steps is None:
             return None
         return self._state.grid.sigmas[self._state.start : self._state.start + 1]
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Around a call of ours: an exception out of one that the pipeline's own loop made ends the run."""
+        try:
+            yield
+        except BaseException:
+            if self._state is not None and self._is_own(is_called=True):
+                self._state.ended = True
+                self._release(self._state)
+            raise
 
     # The forward half of a tick ------------------------------------------------------------------------------------
 
@@ -486,7 +500,9 @@ class Session:
 
     def _release(self, run: _RunState) -> None:
         """Nothing but the trace outlives a run."""
-        run.cache = ResidualCache(run.num_images, self.executor.backend)
+        # A traceback may hold the cache itself.
+        if run.cache is not None:
+            run.cache.clear()
         run.reference = run.state = None
 
     def sigma_now(self) -> torch.Tensor | None:
@@ -497,12 +513,13 @@ class Session:
 
     def _require_run(self, what: str = "transformer", is_called: bool = False) -> _RunState:
         """The run that goes on. is_called: where the pipeline's own call must be the innermost one too."""
-        own = self.pipe is not None and self.pipe.scheduler is self.scheduler
-        if is_called:
-            own = own and pipeline_call(self.pipe) is not None
-        if self._state is None or self._state.ended or not own:
+        if self._state is None or self._state.ended or not self._is_own(is_called):
             raise StateError(_FOREIGN_CALL.format(what))
         return self._state
+
+    def _is_own(self, is_called: bool) -> bool:
+        own = self.pipe is not None and self.pipe.scheduler is self.scheduler
+        return own and not (is_called and pipeline_call(self.pipe) is None)
 
     def close(self) -> None:
         """Let go of the pipeline: twins may outlive it in the hooks of others."""

@@ -207,12 +207,13 @@ def step(
 ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[torch.Tensor]:
     """Move every image to its own next sigma. Churn arguments do nothing in the real scheduler either."""
     del s_churn, s_tmin, s_tmax, s_noise, generator
-    if per_token_timesteps is not None:
-        raise UnsupportedError("per_token_timesteps cannot be combined with per-image sigmas")
-    if self._step_index is None:
-        self._init_step_index(timestep)
     session: Session = type(self)._rapid3rt_session
-    moved = session.step(model_output, sample)
+    with session.guard():
+        if per_token_timesteps is not None:
+            raise UnsupportedError("per_token_timesteps cannot be combined with per-image sigmas")
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        moved = session.step(model_output, sample)
     self._step_index += 1
     if not return_dict:
         return (moved,)
