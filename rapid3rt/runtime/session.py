@@ -223,7 +223,9 @@ class Session:
         """One transformer call: velocity of all rows, `[R, C, h, w]`."""
         run = self._require_run(is_called=True)
         call, run.calls = run.calls, run.calls + 1
-        branches = self.adapter.branches(self.pipe, call, kwargs)
+        frame = pipeline_call(self.pipe)
+        assert frame is not None  # else the call was refused
+        branches = self.adapter.branches(self.pipe, call, kwargs, frame.f_locals)
         # Tensors of another ControlNet are refused before anything is computed.
         deferred_call(kwargs, self.adapter.controlnet.outputs)
         hidden: torch.Tensor = kwargs["hidden_states"]
