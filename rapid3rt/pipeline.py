@@ -33,7 +33,7 @@ from rapid3rt.runtime.twins import (
 from rapid3rt.runtime.twins.base import real_class, session_of
 from rapid3rt.runtime.twins.scheduler import check_scheduler
 from rapid3rt.runtime.twins.transformer import check_transformer
-from rapid3rt.types import AUTO, ActionCosts, Policy
+from rapid3rt.types import ATTENTION_MODES, AUTO, ActionCosts, Policy
 
 BUNDLED_POLICIES = Path(__file__).parent / "tiny" / "assets"
 DEFAULT_SPEED = 2.5
@@ -83,7 +83,7 @@ def accelerate(
     controlnet = find_controlnet(pipe, adapter)
     check_scheduler(pipe.scheduler)
     check_transformer(pipe.transformer)
-    if attention not in ("exact", "fast"):
+    if attention not in ATTENTION_MODES:
         raise ValueError(f"attention must be 'exact' or 'fast', got {attention!r}")
     ops.choose(backend, device_type(pipe))
     _check_dial(budget, speed)

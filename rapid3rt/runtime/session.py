@@ -324,6 +324,7 @@ class Session:
             guidance=_guidance(self.pipe),
             model=self.model,
             block_size=(run.block, run.block),
+            attention=self.executor.attention,
         )
         run.started = time.perf_counter()
         run.choice.policy.begin(run.run)
@@ -561,6 +562,7 @@ class Session:
             sigmas=run.run.sigmas,
             block_q=run.block,
             block_kv=run.block,
+            attention=self.executor.attention,
             policy=run.choice.name,
             budget=run.budget,
             costs=run.costs,
