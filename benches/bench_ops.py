@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time every op against named rivals, in interleaved rounds of one process, and check it before.
 
-    python benches/bench_ops.py [--op NAME] [--case TEXT] [--dtype NAME] [--isa NAME] [--device cuda]
+    python benches/bench_ops.py [--op NAME] [--case TEXT] [--dtype NAME] [--rival NAME] [--isa NAME] [--device cuda]
                                 [--quick] [--busy] [--json FILE] [--plot FILE]
 
 Cases are those of `rapid3rt.testing.cases`: the small ones that tests check, and ones of the size of FLUX and SD3.
-`--op`, `--case` (a part of the name, such as flux, sd3, short), `--dtype` and `--isa` may be given several times.
+`--op`, `--case` (a part of the name, such as flux, sd3, short), `--dtype`, `--rival` and `--isa` may be given several
+times. FlexAttention over every attention shape in bf16:
+
+    python benches/bench_ops.py --op block_sparse_attention --dtype bfloat16 --rival sdpa --rival flex
+
 Rivals: `copy`, a tensor of half the call's bytes into another one; `eager`, the formula in PyTorch's ops, rounded
 after each; `compile`, the same through torch.compile; for attention `sdpa` without lists, `sdpa mask`, and `flex`,
 FlexAttention compiled, with the same lists; for lists `dense attention` of the same call, ours. `0.50x` beside a
-rival: it takes half as long as we do. An instruction set runs in a process of its own with RAPID3RT_CPU_ISA; there
-half precision meets `sdpa fp32` besides. One that this machine or build lacks is not measured. malloc is told to
-keep its pages: fresh ones from the kernel would cost more than the op. On a machine that others use, `--busy`
-measures one thread by its own CPU time.
+rival: it takes half as long as we do. One that cannot run, or whose result is another, is FAILED with its reason. An
+instruction set runs in a process of its own with RAPID3RT_CPU_ISA; there half precision meets `sdpa fp32` besides. One
+that this machine or build lacks is not measured. malloc is told to keep its pages: fresh ones from the kernel would
+cost more than the op. On a machine that others use, `--busy` measures one thread by its own CPU time.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from typing import Any
 
 import torch
 from record import machine
-from rivals import Arguments, make_rivals
+from rivals import COMPILED, NAMES, Arguments, make_rivals
 
 from rapid3rt import ops
 from rapid3rt.testing.attention import listed_flops
@@ -83,7 +87,7 @@ def measure(case: Case, dtype: torch.dtype, options: Any) -> dict[str, Any]:
     )
     check(case, arguments)
     op = getattr(ops, case.op)
-    rivals = make_rivals(case, arguments, options.forced, options.compiles)
+    rivals, failed = make_rivals(case, arguments, options.rivals, options.forced)
     calls: dict[str, Call] = {"ours": lambda: op(*arguments), **rivals}
     times = time_rivals(
         calls, rounds=options.rounds, round_ms=options.round_ms, clock=options.clock
@@ -100,6 +104,7 @@ def measure(case: Case, dtype: torch.dtype, options: Any) -> dict[str, Any]:
             name: {"us": t.median_us, "spread": t.spread, "ratio": t.median_us / ours.median_us}
             for name, t in times.items()
         },
+        "failed": failed,
     }
     if case.op == "block_sparse_attention":
         q, k = arguments[:2]
@@ -134,12 +139,11 @@ def show(result: dict[str, Any]) -> None:
         speed = f"{result['gflops']:8.0f} GFLOP/s"
     elif "gbytes_per_s" in result:
         speed = f"{result['gbytes_per_s']:8.1f} GB/s   "
-    against = "  ".join(
-        f"{name} {rival['ratio']:.2f}x" for name, rival in result.get("rivals", {}).items()
-    )
+    against = [f"{name} {rival['ratio']:.2f}x" for name, rival in result.get("rivals", {}).items()]
+    against += [f"{name} FAILED ({why})" for name, why in result.get("failed", {}).items()]
     print(
         f"  {result.get('dtype', ''):<9}{result.get('isa') or '':<12}{result['us']:>10.1f} us"
-        f" +-{result['spread'] / 2:>4.0%}{speed}  {result['case']}  |  {against}",
+        f" +-{result['spread'] / 2:>4.0%}{speed}  {result['case']}  |  {'  '.join(against)}",
         flush=True,
     )
 
@@ -155,12 +159,19 @@ def chosen_cases(options: Any) -> list[Case]:
     return [c for c in cases if c.op in ops_named and any(text in c.name for text in texts)]
 
 
+def chosen_rivals(options: Any) -> tuple[str, ...]:
+    """Names that the command line asks for: all, but what torch.compile makes only where that is wanted."""
+    compiles = not (options.no_compile or options.forced or (options.quick and not options.rival))
+    return tuple(n for n in options.rival or NAMES if compiles or n not in COMPILED)
+
+
 def run(options: Any) -> list[dict[str, Any]]:
     """Measure the chosen cases with the instruction set of this process."""
     results: list[dict[str, Any]] = []
     names = options.dtype or (["float32", "bfloat16"] if not options.quick else ["bfloat16"])
     dtypes = [d for d in DTYPES if str(d).removeprefix("torch.") in names]
-    if options.device == "cpu" and not (options.op or options.case or options.forced):
+    narrowed = options.op or options.case or options.rival or options.forced
+    if options.device == "cpu" and not narrowed:
         print("calls on tensors of no size: what a call costs besides its work")
         for result in measure_overhead(options.rounds):
             results.append(result)
@@ -180,7 +191,7 @@ def run(options: Any) -> list[dict[str, Any]]:
 def run_forced(isa: str, options: Any) -> list[dict[str, Any]]:
     """The same in a process in which another instruction set runs."""
     command = [sys.executable, __file__, "--forced"]
-    for name in ("op", "case", "dtype"):
+    for name in ("op", "case", "dtype", "rival"):
         for value in getattr(options, name) or []:
             command += [f"--{name}", value]
     command += ["--quick"] * options.quick + ["--busy"] * options.busy
@@ -198,7 +209,8 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     curves: dict[str, list[tuple[float, float]]] = {}
     for r in results:
-        if r["op"] != "block_sparse_attention" or r["case"].startswith("R"):
+        is_attention = r["op"] == "block_sparse_attention" and "sdpa" in r["rivals"]
+        if not is_attention or r["case"].startswith("R"):
             continue
         shape = r["case"].split(" density ")[0]
         name = f"{shape}, {r['dtype']}, {r['isa']}"
@@ -223,6 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--op", action="append", choices=list(FORMULAS), metavar="NAME")
     parser.add_argument("--case", action="append", metavar="TEXT", help="a part of a case's name")
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--rival", action="append", choices=NAMES, help="only these")
     parser.add_argument("--isa", action="append", choices=ISAS, help="also force this one")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="small cases, few rounds")
@@ -232,7 +245,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of speed over density")
     parser.add_argument("--forced", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    options.compiles = not (options.quick or options.no_compile or options.forced)
+    options.rivals = chosen_rivals(options)
+    if not chosen_cases(options):
+        parser.error("no case has such a name; rapid3rt.testing.cases lists them")
     options.rounds, options.round_ms = (3, 10.0) if options.quick else (7, 30.0)
     options.clock = time.thread_time if options.busy else time.perf_counter
     if options.busy:
@@ -247,6 +262,11 @@ def main(arguments: list[str] | None = None) -> int:
             results += run_forced(isa, options)
     for isa in missing:
         print(f"{isa}: NOT MEASURED, this machine or build lacks it")
+    left_out = (
+        [] if options.forced else [n for n in options.rival or NAMES if n not in options.rivals]
+    )
+    for name in left_out:
+        print(f"{name}: NOT MEASURED, nothing is compiled in this run")
     if options.json:
         clock = "CPU time of one thread" if options.busy else "wall clock"
         record = {"machine": machine(), "clock": clock, "not_measured": missing, "results": results}

@@ -13,9 +13,9 @@ from typing import Any
 
 from rapid3rt import ops
 from rapid3rt.adapters import ADAPTERS, Adapter
-from rapid3rt.errors import StateError, UnsupportedError
+from rapid3rt.errors import StateError, UnsupportedError, check_count, check_number
 from rapid3rt.policies import is_rule, parse
-from rapid3rt.policies.base import check_number, evaluations_at
+from rapid3rt.policies.base import evaluations_at
 from rapid3rt.policies.budget import BudgetedDense, with_budget, with_speed
 from rapid3rt.policies.controller import Controller
 from rapid3rt.policies.fixed import Dense
@@ -33,7 +33,7 @@ from rapid3rt.runtime.twins import (
 from rapid3rt.runtime.twins.base import real_class, session_of
 from rapid3rt.runtime.twins.scheduler import check_scheduler
 from rapid3rt.runtime.twins.transformer import check_transformer
-from rapid3rt.types import AUTO, ActionCosts, Policy
+from rapid3rt.types import ATTENTION_MODES, AUTO, ActionCosts, Policy
 
 BUNDLED_POLICIES = Path(__file__).parent / "tiny" / "assets"
 DEFAULT_SPEED = 2.5
@@ -53,6 +53,9 @@ def accelerate(
 
     Swaps the transformer, the scheduler and, where there is one, the ControlNet of this pipeline object for twins; the
     call of the pipeline does not change.
+
+    Residuals live as long as a call of the pipeline. After an exception in a callback or another part of the pipeline
+    that is none of these, they stay until the next call or `restore`.
 
     Parameters
     ----------
@@ -80,7 +83,7 @@ def accelerate(
     controlnet = find_controlnet(pipe, adapter)
     check_scheduler(pipe.scheduler)
     check_transformer(pipe.transformer)
-    if attention not in ("exact", "fast"):
+    if attention not in ATTENTION_MODES:
         raise ValueError(f"attention must be 'exact' or 'fast', got {attention!r}")
     ops.choose(backend, device_type(pipe))
     _check_dial(budget, speed)
@@ -289,10 +292,8 @@ def _check_dial(budget: int | None, speed: float | None) -> None:
         raise ValueError(
             f"budget and speed must not both be given, got budget={budget}, speed={speed}"
         )
-    if budget is not None and (
-        isinstance(budget, bool) or not isinstance(budget, int) or budget < 1
-    ):
-        raise ValueError(f"budget must be an integer of 1 to the number of steps, got {budget!r}")
+    if budget is not None:
+        check_count("budget", budget)
     if speed is not None:
         check_number("speed", speed, lambda s: s >= 1, "a finite number of at least 1")
 

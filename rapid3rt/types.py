@@ -16,6 +16,7 @@ COMPUTE, REUSE, FORECAST_1, FORECAST_2 = 0, 1, 2, 3
 ACTION_NAMES = ("compute", "reuse", "forecast_1", "forecast_2")
 RUNNABLE_ACTIONS = ACTION_NAMES[:2]
 AUTO, EULER, ADAMS_BASHFORTH = 0, 1, 2
+ATTENTION_MODES = ("exact", "fast")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,9 +40,9 @@ class Run:
     sees the grid of that many steps. shift: s of the scheduler's phi(u) = s u / (1 + (s - 1) u).
     stay_on_grid: something counts in ticks (skip-layer guidance, a cutoff callback), so every image must step to the
     next grid point. resolution: image tokens as (rows, columns). model: an id of the model, block_size: (query, key)
-    tile of the sparse kernel; a replay compares both with its trace where they are known. scheduler: class name of one
-    that steps all images by itself (then sigmas need not fall strictly nor end at 0), None where steps are per image.
-    guidance: the pipeline's guidance scale, None where it has none.
+    tile of the sparse kernel, attention: "exact" or "fast"; a replay compares them with its trace where they are known.
+    scheduler: class name of one that steps all images by itself (then sigmas need not fall strictly nor end at 0), None
+    where steps are per image. guidance: the pipeline's guidance scale, None where it has none.
     """
 
     images: int
@@ -58,6 +59,7 @@ class Run:
     block_size: tuple[int, int] | None = None
     scheduler: str | None = None
     guidance: float | None = None
+    attention: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,20 +11,31 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import (
+    SD3ControlNetModel,
+    SD3MultiControlNetModel,
+    StableDiffusion3ControlNetPipeline,
+)
+from PIL import Image
 from safetensors.torch import save_file
 
 import rapid3rt
+from rapid3rt.calibrate import measure
 from rapid3rt.calibrate.allocate import fit
+from rapid3rt.calibrate.arguments import check_call, told_apart
 from rapid3rt.calibrate.measure import Bench, Stop
 from rapid3rt.errors import StateError, UnsupportedError
+from rapid3rt.planning import sparsity
 from rapid3rt.policies.folder import PolicyFolder
 from rapid3rt.tiny.scenes import sample
 
 PROMPTS = [s.caption for s in sample(2, 0, "calibration")]
+CALL: dict[str, Any] = {"max_sequence_length": 32}
+PICTURE = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
 SETTINGS: dict[str, Any] = {
     "num_inference_steps": 8,
     "evaluations": 10,
-    "call": {"max_sequence_length": 32},
+    "call": CALL,
     "progress": False,
 }
 
@@ -140,6 +151,81 @@ def test_measurements_belong_to_weights_scheduler_and_prompts(tmp_path: Path) ->
     other = bench()
     other.images = lambda *_arguments, **_options: (torch.zeros(2, 3, 4, 4), [])  # type: ignore[method-assign]
     assert not other.reference().any()  # those of the other weights were not taken
+
+
+# A ControlNet --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def controlled() -> Any:
+    """The tiny pipeline with a ControlNet of two blocks."""
+    tiny = rapid3rt.load_tiny("sd3")
+    torch.manual_seed(1)
+    net = SD3ControlNetModel.from_transformer(
+        tiny.transformer, num_layers=2, num_extra_conditioning_channels=0
+    )
+    pipe = StableDiffusion3ControlNetPipeline(**tiny.components, controlnet=net.eval())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("given", "got"),
+    [
+        ({}, "none"),
+        ({"control_image": None}, "none"),
+        ({"control_image": []}, "none"),
+        ({"control_image": torch.rand(2, 3, 64, 64)}, "2"),
+        ({"control_image": [PICTURE, PICTURE]}, "2"),
+    ],
+    ids=["missing", "None", "empty", "a batch", "two"],
+)
+def test_a_controlnet_is_calibrated_with_one_picture_or_not_at_all(
+    controlled: Any, tmp_path: Path, given: dict[str, Any], got: str
+) -> None:
+    message = rf"call\['control_image'\] must be one picture for all prompts .*, got {got}$"
+    with pytest.raises(ValueError, match=message):
+        rapid3rt.calibrate(
+            controlled, PROMPTS, tmp_path / "new", **{**SETTINGS, "call": {**CALL, **given}}
+        )
+    assert not (tmp_path / "new").exists()
+    controlled.controlnet = SD3MultiControlNetModel([controlled.controlnet] * 2)
+    check_call(controlled, {"control_image": [PICTURE, torch.rand(1, 3, 64, 64)]})
+
+
+def test_costs_include_the_controlnet_and_belong_to_it(
+    controlled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bench() -> Bench:
+        return Bench(controlled, PROMPTS, tmp_path, 4, 0, 8, call, False)
+
+    monkeypatch.setattr(measure, "COST_BATCH", 1)
+    call, calls = {**CALL, "control_image": PICTURE, "height": 32, "width": 32}, []
+    first = bench()
+    controlled.controlnet.register_forward_hook(lambda *_: calls.append(0))
+    first.costs()
+    # Three times: four steps of the plain pipeline and of each level, and the one that is then reused.
+    assert len(calls) == 3 * (4 + 4 * sparsity.num_levels() + 1)
+    call["control_image"] = PICTURE.copy()
+    assert bench().key == first.key
+    with torch.no_grad():
+        controlled.controlnet.pos_embed.proj.bias += 0.1
+    with pytest.raises(ValueError, match="out must be a new folder or one of the same calibration"):
+        bench()
+
+
+def test_arguments_are_told_apart_by_what_they_hold() -> None:
+    plain = {"guidance_scale": 3.5, "height": 64, "sizes": [1, (2, 3)], "kwargs": {"scale": 1}}
+    assert told_apart(plain) == sorted(map(str, plain.items()))
+    large = torch.zeros(100, 100)
+    for value in (large, large.bfloat16(), large.numpy(), PICTURE, torch.tensor(1.0)):
+        other = value.copy() if hasattr(value, "copy") else value.clone()
+        for nest in (lambda x: x, lambda x: [x], lambda x: {"of": (x,)}):
+            assert told_apart({"a": nest(value)}) == told_apart({"a": nest(other)})
+    changed = large.clone()
+    changed[50, 50] = 1  # which printing a large tensor leaves out
+    assert told_apart({"a": changed}) != told_apart({"a": large})
+    assert told_apart({"a": PICTURE.rotate(90)}) != told_apart({"a": PICTURE})
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff"])

@@ -47,43 +47,37 @@ void cache_lookup(const LookupParams& p) {
   check_ids("slot", p.slot, p.num_rows, p.num_slots, false);
   const RowKernels& kernels = row_kernels();
   const bool has_norm = p.scale != nullptr;
-  const int64_t row_size = p.num_tokens * p.width, size = element_bytes(p.dtype);
-  // Without a norm tokens do not matter: a row is cut anywhere.
-  const int64_t step = has_norm ? tokens_per_item(p.width) * p.width : kItemElements;
-  const int64_t chunks = ceil_div(row_size, step);
-  const int64_t out_bytes = p.num_rows * row_size * size;
-  const bool stream = should_stream(p.out, out_bytes, (has_norm ? p.width : row_size) * size);
-  const int num_threads = threads_for_bytes(out_bytes * (2 + p.num_orders), p.num_threads);
-  run_queue(p.num_rows * chunks, num_threads, [&] {
+  const RowItems items = cut_rows(p, 2 + p.num_orders, has_norm);
+  items.run([&] {
     return [&, scratch = Scratch(has_norm ? p.width : 0),
             terms = std::vector<const void*>(p.num_orders),
-            coef = std::vector<float>(p.num_orders)](int64_t item) mutable {
-      const int64_t row = item / chunks, first = item % chunks * step, at = row * row_size + first;
+            coef = std::vector<float>(p.num_orders)](const RowItem& item) mutable {
+      const int64_t first = item.at - item.row * items.row_size;
       int64_t num_terms = 0;
       for (int64_t order = 0; order < p.num_orders; ++order) {
-        const float c = p.coef[row * p.num_orders + order];
+        const float c = p.coef[item.row * p.num_orders + order];
         if (c == 0.0f) continue;  // such an order is not read: it may never have been written
-        const int64_t entry = (p.slot[row] * p.num_orders + order) * row_size + first;
+        const int64_t entry = (p.slot[item.row] * p.num_orders + order) * items.row_size + first;
         terms[num_terms] = element(p.slots, entry, p.dtype);
         coef[num_terms++] = c;
       }
       Modulation modulation{};
       if (has_norm) {
-        modulation.scale = element(p.scale, row * p.width, p.dtype);
-        modulation.shift = element(p.shift, row * p.width, p.dtype);
+        modulation.scale = element(p.scale, item.row * p.width, p.dtype);
+        modulation.shift = element(p.shift, item.row * p.width, p.dtype);
         modulation.eps = p.eps;
       }
       LookupPiece piece{};
-      piece.out = element(p.out, at, p.dtype);
-      piece.embedded = element(p.embedded, at, p.dtype);
+      piece.out = element(p.out, item.at, p.dtype);
+      piece.embedded = element(p.embedded, item.at, p.dtype);
       piece.terms = terms.data();
       piece.coef = coef.data();
       piece.num_terms = num_terms;
-      piece.count = std::min(step, row_size - first);
+      piece.count = item.count;
       piece.width = p.width;
       piece.modulation = has_norm ? &modulation : nullptr;
       piece.scratch = scratch.data();
-      piece.stream = stream;
+      piece.stream = items.stream;
       piece.dtype = static_cast<int>(p.dtype);
       kernels.lookup(piece);
     };

@@ -68,8 +68,13 @@ class Adapter(Protocol):
     def supports(self, transformer: Any) -> bool:
         """Whether this adapter serves the class of a transformer. UnsupportedError: a variant that it cannot serve."""
 
-    def branches(self, pipe: Any, call: int, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
-        """Guidance branches of the call-th transformer call of a tick. UnsupportedError: an unknown layout."""
+    def branches(
+        self, pipe: Any, call: int, kwargs: Mapping[str, Any], arguments: Mapping[str, Any]
+    ) -> tuple[str, ...]:
+        """Guidance branches of the call-th transformer call of a tick. arguments: the locals of the pipeline's call.
+
+        UnsupportedError: an unknown layout, or a call that the pipeline does not make.
+        """
 
     def mu(self, arguments: Mapping[str, Any], mu: float | None, steps: int) -> float | None:
         """What the pipeline would pass as `mu` for another number of steps. arguments: the locals of its call."""

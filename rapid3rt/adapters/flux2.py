@@ -41,14 +41,16 @@ class Flux2Adapter(PackedAdapter):
         """Whether the transformer is a FLUX.2 one."""
         return isinstance(transformer, Flux2Transformer2DModel)
 
-    def branches(self, pipe: Any, call: int, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    def branches(
+        self, pipe: Any, call: int, kwargs: Mapping[str, Any], arguments: Mapping[str, Any]
+    ) -> tuple[str, ...]:
         """Call 0: cond; call 1: uncond. The key-value cache of references is one for the whole batch: refused."""
         if kwargs.get("kv_cache_mode") is not None:
             raise UnsupportedError(
                 f"kv_cache_mode must be None, got {kwargs['kv_cache_mode']!r}; use a pipeline that appends its "
                 "reference images (Flux2KleinPipeline)"
             )
-        return super().branches(pipe, call, kwargs)
+        return super().branches(pipe, call, kwargs, arguments)
 
     def mu(self, arguments: Mapping[str, Any], mu: float | None, steps: int) -> float | None:
         """The pipelines shift by the size of the image and by the number of steps."""

@@ -14,14 +14,18 @@ from rapid3rt.errors import UnsupportedError
 class PackedAdapter:
     """Base of the adapters of FLUX.1, FLUX.2 and Qwen-Image."""
 
-    def branches(self, pipe: Any, call: int, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
-        """Call 0: cond; call 1: uncond, the separate call of true CFG."""
-        if call > 1:
+    def branches(
+        self, pipe: Any, call: int, kwargs: Mapping[str, Any], arguments: Mapping[str, Any]
+    ) -> tuple[str, ...]:
+        """Call 0: cond; call 1: uncond, the separate call of true CFG, where the pipeline says that it does that."""
+        calls = ("cond", "uncond") if _is_guided(pipe, arguments) else ("cond",)
+        if call >= len(calls):
             raise UnsupportedError(
-                f"transformer call {call} of a tick has a guidance layout that is not known; "
-                "use rapid3rt.restore(pipe) for this pipeline"
+                f"the transformer must be called for {', then '.join(calls)} in each tick and by the pipeline alone, "
+                "got one more call; where a callback calls it, or the guidance of this pipeline is of its own, use "
+                "rapid3rt.restore(pipe)"
             )
-        return ("uncond",) if call else ("cond",)
+        return (calls[call],)
 
     def mu(self, arguments: Mapping[str, Any], mu: float | None, steps: int) -> float | None:
         """The pipelines shift by the size of the image alone."""
@@ -54,3 +58,9 @@ class PackedAdapter:
         """The pipelines cast the scheduler's timestep to the latents' dtype, then divide."""
         dtype: torch.dtype = kwargs["timestep"].dtype
         return timestep.to(dtype) / 1000
+
+
+def _is_guided(pipe: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether this call of the pipeline does true CFG: a local of most pipelines, a property of FLUX.2 Klein's."""
+    flag = arguments.get("do_true_cfg", getattr(pipe, "do_classifier_free_guidance", False))
+    return bool(flag)

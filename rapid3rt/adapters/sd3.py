@@ -47,7 +47,9 @@ class SD3Adapter:
         """Whether the transformer is an SD3 one."""
         return isinstance(transformer, SD3Transformer2DModel)
 
-    def branches(self, pipe: Any, call: int, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    def branches(
+        self, pipe: Any, call: int, kwargs: Mapping[str, Any], arguments: Mapping[str, Any]
+    ) -> tuple[str, ...]:
         """Call 0: uncond, cond and perturbed rows in one batch, as guided; call 1: skip-layer guidance, cond rows."""
         skip_layers = kwargs.get("skip_layers")
         if call == 0 and skip_layers is None:

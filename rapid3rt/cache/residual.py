@@ -38,6 +38,11 @@ class ResidualCache:
         """Memory held by all slots."""
         return sum(s.numel() * s.element_size() for s in self._slots.values())
 
+    def clear(self) -> None:
+        """Forget all residuals and give their memory back, whoever still holds this object."""
+        self._slots.clear()
+        self._filled.clear()
+
     def store(
         self,
         branch: str,

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from rapid3rt.calibrate.allocate import allocate
+from rapid3rt.calibrate.arguments import check_call
 from rapid3rt.calibrate.measure import Bench, error_profile
 from rapid3rt.calibrate.search import FEWEST_TICKS, search
 from rapid3rt.calibrate.table import before_and_after, format_table, plot
+from rapid3rt.errors import check_count
 from rapid3rt.pipeline import accelerate, restore
-from rapid3rt.policies.base import check_count
 from rapid3rt.policies.folder import PolicyFolder
 
 __all__ = ["calibrate", "format_table"]
@@ -49,7 +50,8 @@ def calibrate(
     out: folder of the policy; give the same folder again to go on after an interruption.
     num_inference_steps: steps of the pipeline that users will call. evaluations: warps to try.
     call: further arguments of the pipeline's call (guidance_scale, height, ...), the same for every measurement: give
-        those that users will call with, since guidance above all decides where the steps belong.
+        those that users will call with, since guidance above all decides where the steps belong. With a ControlNet
+        also `control_image`, one picture for all prompts: errors and costs then include the net.
 
     Returns
     -------
@@ -57,7 +59,8 @@ def calibrate(
 
     Raises
     ------
-    ValueError: no prompts, fewer than 8 steps, or a folder that holds another calibration.
+    ValueError: no prompts, fewer than 8 steps, a ControlNet without its picture, or a folder that holds another
+        calibration.
     UnsupportedError, StateError: as `accelerate`.
     """
     if isinstance(prompts, str) or not prompts:
@@ -69,8 +72,9 @@ def calibrate(
         raise ValueError(
             f"num_inference_steps must be at least {FEWEST_TICKS}, got {num_inference_steps}"
         )
-    # A pipeline that cannot be served is refused before a folder is made.
+    # A pipeline or call that cannot be served is refused before a folder is made.
     restore(accelerate(pipe, "dense"))
+    check_call(pipe, call or {})
     bench = Bench(
         pipe,
         list(prompts),

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from rapid3rt.calibrate.arguments import fingerprint, told_apart
 from rapid3rt.pipeline import accelerate, model_id, report, restore
 from rapid3rt.planning import sparsity
 from rapid3rt.planning.jsonfile import write_document
@@ -70,8 +71,10 @@ class Bench:
         self.batch_size, self.call, self.progress = batch_size, call, progress
         self.model = model_id(pipe.transformer)
         out.mkdir(parents=True, exist_ok=True)
-        settings = [_VERSION, self.model, prompts, steps, seed, sorted(map(str, call.items()))]
-        settings += [dict(pipe.scheduler.config), _fingerprint(pipe.transformer)]
+        settings = [_VERSION, self.model, prompts, steps, seed, told_apart(call)]
+        settings += [dict(pipe.scheduler.config), fingerprint(pipe.transformer)]
+        if getattr(pipe, "controlnet", None) is not None:
+            settings.append(fingerprint(pipe.controlnet))
         text = json.dumps(settings, sort_keys=True, default=str)
         self.key = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.path = out / "measurements.json"
@@ -283,15 +286,6 @@ class Bench:
             "reuse": relative[-1],
             "measured": True,
         }
-
-
-def _fingerprint(model: torch.nn.Module) -> str:
-    """Tells the weights of one model from those of another of the same configuration: a few numbers of each tensor."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        few = tensor.detach().flatten()[:4].double().tolist()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {few}".encode())
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from importlib import metadata
 from typing import Any
 
 from rapid3rt.planning.jsonfile import Fields, parse_fields, read_fields, write_document
-from rapid3rt.types import ACTION_NAMES, ActionCosts
+from rapid3rt.types import ACTION_NAMES, ATTENTION_MODES, ActionCosts
 
 FORMAT = "rapid3rt.trace"
 VERSION = 1
@@ -72,7 +72,9 @@ class Trace:
 
     sigmas: the run's own grid (that of `grid_steps` where a policy asked for one), the last 0.
     ticks: iterations of the pipeline's loop. block_q, block_kv: tile sizes of the sparse kernel,
-    None where nothing was sparse. tick_ms: wall time of each tick, None when it was not measured.
+    None where nothing was sparse. attention: "exact" or "fast", what dense rows beside sparse ones
+    took; None in traces from before it was kept. tick_ms: wall time of each tick, None when it was
+    not measured.
     interrupted: the user stopped the run; images may stand above 0. scheduler: class name of one that stepped all
     images by itself, along sigmas that never rise; None where each image stepped on its own.
     """
@@ -87,6 +89,7 @@ class Trace:
     budget: int | None = None
     block_q: int | None = None
     block_kv: int | None = None
+    attention: str | None = None
     costs: ActionCosts = field(default_factory=ActionCosts)
     tick_ms: tuple[float, ...] | None = None
     interrupted: bool = False
@@ -106,6 +109,7 @@ class Trace:
             "sigmas": list(self.sigmas),
             "block_q": self.block_q,
             "block_kv": self.block_kv,
+            "attention": self.attention,
             "policy": self.policy,
             "budget": self.budget,
             "costs": {**asdict(self.costs), "levels": list(self.costs.levels)},
@@ -148,6 +152,7 @@ class Trace:
             budget=fields.optional_integer("budget", 1),
             block_q=fields.optional_integer("block_q", 1),
             block_kv=fields.optional_integer("block_kv", 1),
+            attention=_newer_text(fields, "attention", ATTENTION_MODES),
             costs=ActionCosts(
                 levels=costs.numbers("levels", 0.0),
                 reuse=costs.number("reuse", 0.0),
@@ -155,12 +160,16 @@ class Trace:
             ),
             tick_ms=None if fields.get("tick_ms") is None else fields.numbers("tick_ms", 0.0),
             interrupted=fields.flag("interrupted"),
-            # Traces from before other schedulers were served have none.
-            scheduler=None if fields.data.get("scheduler") is None else fields.text("scheduler"),
+            scheduler=_newer_text(fields, "scheduler"),
             package=fields.text("package"),
         )
         _check(trace, fields)
         return trace
+
+
+def _newer_text(fields: Fields, name: str, choices: tuple[str, ...] = ()) -> str | None:
+    """A string or null; null where a trace is older than the field."""
+    return None if fields.data.get(name) is None else fields.text(name, choices)
 
 
 def _read_image(image: Fields, ticks: int) -> tuple[TraceTick, ...]:

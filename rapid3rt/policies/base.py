@@ -10,9 +10,8 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-import sys
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -200,28 +199,6 @@ def planned_evaluations(run: Run, budget: int | None, speed: float | None = None
     limits += [limit for limit in (run.budget, budget) if limit is not None]
     limits += [evaluations_at(run.ticks, speed)] if speed is not None else []
     return max(1, min(limits))
-
-
-def check_number(
-    name: str, value: float, accept: Callable[[float], bool], requirement: str
-) -> float:
-    """Return `value` as a float. Raises `ValueError` unless it is finite and `accept` takes it."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and math.inf > abs(value) > sys.float_info.max:  # an integer may be beyond any float
-        msg = f"{name} must be {requirement}, got an integer beyond {sys.float_info.max:.1e}"
-        raise ValueError(msg)
-    if not number or not math.isfinite(value) or not accept(value):
-        msg = f"{name} must be {requirement}, got {value!r}"
-        raise ValueError(msg)
-    return float(value)
-
-
-def check_count(name: str, value: int) -> int:
-    """Return `value`. Raises `ValueError` unless it is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        msg = f"{name} must be an integer of at least 1, got {value!r}"
-        raise ValueError(msg)
-    return value
 
 
 def order_suffix(order: int) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from rapid3rt.policies.base import check_count, check_number, planned_evaluations
+from rapid3rt.errors import check_count, check_number
+from rapid3rt.policies.base import planned_evaluations
 from rapid3rt.policies.controller import Controller
 from rapid3rt.policies.fixed import Dense, Steps
 from rapid3rt.policies.learned import LearnedPolicy

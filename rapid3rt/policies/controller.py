@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 import torch
 
+from rapid3rt.errors import check_number
 from rapid3rt.policies.base import (
     Warp,
     WarpedTime,
     check_family,
-    check_number,
     check_order,
     compute_all,
     interpolate,

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import torch
 
+from rapid3rt.errors import check_count
 from rapid3rt.policies.base import (
-    check_count,
     check_order,
     compute_all,
     device_list,

@@ -100,6 +100,10 @@ def _leaves_grid(trace: Trace) -> bool:
     )
 
 
+def _is_sparse(trace: Trace) -> bool:
+    return any(tick.level for ticks in trace.images for tick in ticks)
+
+
 def _differences(trace: Trace, run: Run) -> list[str]:
     block = (
         None if trace.block_q is None or trace.block_kv is None else (trace.block_q, trace.block_kv)
@@ -114,6 +118,9 @@ def _differences(trace: Trace, run: Run) -> list[str]:
         pairs.append(("model", trace.model, run.model))
     if run.block_size is not None and block is not None:
         pairs.append(("block size", block, run.block_size))
+    # Where nothing was sparse both modes are the model's own attention.
+    if run.attention is not None and trace.attention is not None and _is_sparse(trace):
+        pairs.append(("attention", trace.attention, run.attention))
     differing = [
         f"{name} {old!r} in the trace, {new!r} in the run" for name, old, new in pairs if old != new
     ]

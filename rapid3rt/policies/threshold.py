@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import torch
 
+from rapid3rt.errors import check_number
 from rapid3rt.policies.base import (
-    check_number,
     check_order,
     device_list,
     next_from_list,

@@ -32,6 +32,11 @@ class Executor:
     def __init__(self, adapter: Adapter, backend: str | None, exact: bool) -> None:
         self.adapter, self.backend, self.exact = adapter, backend, exact
 
+    @property
+    def attention(self) -> str:
+        """The mode by its name."""
+        return "exact" if self.exact else "fast"
+
     def run(
         self,
         transformer: Any,

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """One accelerated pipeline: its runs, ticks and calls. The walk of a tick is `forward`, then `step`.
 
-A run begins when the pipeline sets its timesteps and ends with its last tick; a new one discards whatever an older
-one left, also after an exception. The session knows policies and adapters by protocol only.
+A run begins when the pipeline sets its timesteps and ends with its last tick, or with an exception out of a call of
+ours, and lets go of its tensors. An exception elsewhere in the pipeline (a callback, the VAE) is seen by nobody: then
+they stay until the next run, which discards whatever an older one left, or until `close`. The session knows policies
+and adapters by protocol only.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -198,6 +201,17 @@ class Session:
             return None
         return self._state.grid.sigmas[self._state.start : self._state.start + 1]
 
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Around a call of ours: an exception out of one that the pipeline's own loop made ends the run."""
+        try:
+            yield
+        except BaseException:
+            if self._state is not None and self._is_own(is_called=True):
+                self._state.ended = True
+                self._release(self._state)
+            raise
+
     # The forward half of a tick ------------------------------------------------------------------------------------
 
     def defer(self, net: Any, arguments: dict[str, Any]) -> Deferred | tuple[Deferred, ...]:
@@ -209,7 +223,9 @@ class Session:
         """One transformer call: velocity of all rows, `[R, C, h, w]`."""
         run = self._require_run(is_called=True)
         call, run.calls = run.calls, run.calls + 1
-        branches = self.adapter.branches(self.pipe, call, kwargs)
+        frame = pipeline_call(self.pipe)
+        assert frame is not None  # else the call was refused
+        branches = self.adapter.branches(self.pipe, call, kwargs, frame.f_locals)
         # Tensors of another ControlNet are refused before anything is computed.
         deferred_call(kwargs, self.adapter.controlnet.outputs)
         hidden: torch.Tensor = kwargs["hidden_states"]
@@ -308,6 +324,7 @@ class Session:
             guidance=_guidance(self.pipe),
             model=self.model,
             block_size=(run.block, run.block),
+            attention=self.executor.attention,
         )
         run.started = time.perf_counter()
         run.choice.policy.begin(run.run)
@@ -402,13 +419,13 @@ class Session:
         """Make the embedded latents of the images that compute their new reference."""
         assert run.computes is not None
         assert run.plan is not None
-        if run.reference is None:
-            run.reference = torch.zeros(
-                run.num_images, *seen.shape[1:], dtype=seen.dtype, device=seen.device
-            )
         if index is None and all(a == COMPUTE for a in run.plan.action):
-            run.reference = seen.clone()  # a view would keep the tokens of all branches alive
-        elif index is None:
+            # A view of some rows or tokens would keep those of all branches and references alive.
+            is_part = seen.nbytes < seen.untyped_storage().nbytes()
+            run.reference = seen.clone() if is_part else seen
+            return
+        assert run.reference is not None  # at the first tick all images compute
+        if index is None:
             run.reference = torch.where(run.computes.view(-1, 1, 1), seen, run.reference)
         else:
             mask = run.computes[index].view(-1, 1, 1)
@@ -486,7 +503,9 @@ class Session:
 
     def _release(self, run: _RunState) -> None:
         """Nothing but the trace outlives a run."""
-        run.cache = ResidualCache(run.num_images, self.executor.backend)
+        # A traceback may hold the cache itself.
+        if run.cache is not None:
+            run.cache.clear()
         run.reference = run.state = None
 
     def sigma_now(self) -> torch.Tensor | None:
@@ -497,12 +516,13 @@ class Session:
 
     def _require_run(self, what: str = "transformer", is_called: bool = False) -> _RunState:
         """The run that goes on. is_called: where the pipeline's own call must be the innermost one too."""
-        own = self.pipe is not None and self.pipe.scheduler is self.scheduler
-        if is_called:
-            own = own and pipeline_call(self.pipe) is not None
-        if self._state is None or self._state.ended or not own:
+        if self._state is None or self._state.ended or not self._is_own(is_called):
             raise StateError(_FOREIGN_CALL.format(what))
         return self._state
+
+    def _is_own(self, is_called: bool) -> bool:
+        own = self.pipe is not None and self.pipe.scheduler is self.scheduler
+        return own and not (is_called and pipeline_call(self.pipe) is None)
 
     def close(self) -> None:
         """Let go of the pipeline: twins may outlive it in the hooks of others."""
@@ -542,6 +562,7 @@ class Session:
             sigmas=run.run.sigmas,
             block_q=run.block,
             block_kv=run.block,
+            attention=self.executor.attention,
             policy=run.choice.name,
             budget=run.budget,
             costs=run.costs,

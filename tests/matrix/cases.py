@@ -15,6 +15,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.callbacks import IPAdapterScaleCutoffCallback, SD3CFGCutoffCallback
+from encoders import LAYERS
 from makers import (
     ALL,
     FLUX,
@@ -201,15 +202,20 @@ def strings(kind: str, images: Images) -> Arguments:
     out: Arguments = dict.fromkeys(basic(kind, images))
     out |= {n: v for n, v in basic(kind, images).items() if "embeds" not in n}
     out |= {"prompt": [prompts[i] for i in images], "max_sequence_length": 32}
-    if not is_flux(kind):
+    if kind in FLUX2:
+        out["text_encoder_out_layers"] = LAYERS
+    elif not is_flux(kind):
         out["negative_prompt"] = ["a blue square"] * len(images)
     return out
 
 
 def several_each(kind: str, images: Images) -> Arguments:
     """Images of one prompt."""
-    one = basic(kind, (0,)) if kind in MORE else strings(kind, (0,))
-    return {**one, "num_images_per_prompt": len(images), "generator": generators(images)}
+    return {
+        **strings(kind, (0,)),
+        "num_images_per_prompt": len(images),
+        "generator": generators(images),
+    }
 
 
 def control(nets: int = 1, windowed: bool = False, guided: bool = False) -> Given:
@@ -392,7 +398,6 @@ def text_rows() -> list[Row]:
         ),
         row(
             name="prompt strings",
-            kinds=KINDS,
             make=make_with_text,
             given=strings,
             without=same_string,

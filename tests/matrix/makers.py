@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -39,15 +38,13 @@ from diffusers.pipelines.qwenimage import (
     pipeline_qwenimage_edit_inpaint,
     pipeline_qwenimage_edit_plus,
 )
+from encoders import encoders
 from PIL import Image
 from test_controlnet import make_nets, make_plain
 from test_flux import make_flux
 from test_layouts import make_pipeline
-from transformers import CLIPTextModel
 
 from rapid3rt.runtime.twins.base import session_of
-from rapid3rt.tiny import load_tiny, parts
-from rapid3rt.tiny.flux import make_t5
 
 KINDS = ("sd3", "sd35", "dev", "schnell")
 SD3, FLUX = KINDS[:2], KINDS[2:]
@@ -145,32 +142,10 @@ def _controlnet(kind: str, cls: type, nets: int) -> Any:
     return [net.eval() for net in own] if nets > 1 else own[0].eval()
 
 
-@cache
-def _encoders(flux: bool) -> tuple[Arguments, Arguments]:
-    """Text encoders with their tokenizers, and the sizes they ask of a transformer."""
-    if not flux:
-        tiny = load_tiny("sd3")
-        names = [n for n in tiny.components if n.startswith(("text_encoder", "tokenizer"))]
-        config = tiny.transformer.config
-        sizes = {n: config[n] for n in ("joint_attention_dim", "pooled_projection_dim")}
-        return {n: getattr(tiny, n) for n in names}, sizes
-    torch.manual_seed(2)
-    tokenizer = parts.make_tokenizer()
-    encoders = {
-        "text_encoder": CLIPTextModel(parts.make_clip_config(len(tokenizer))).eval(),
-        "tokenizer": tokenizer,
-        "text_encoder_2": make_t5(len(tokenizer)).eval(),
-        "tokenizer_2": tokenizer,
-    }
-    return encoders, {"joint_attention_dim": 128, "pooled_projection_dim": 64}
-
-
 def make_with_text(kind: str) -> Any:
-    """A pipeline that reads prompts, in the families whose encoders are tiny."""
-    if kind in MORE:
-        return make(kind)
-    encoders, sizes = _encoders(is_flux(kind))
-    return make(kind, extra=encoders, **sizes)
+    """A pipeline that reads prompts."""
+    given, sizes = encoders(kind)
+    return make(kind, extra=given, **sizes)
 
 
 # Calls ---------------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ Made by `make matrix` from `tests/matrix/cases.py` and a run of every cell on ti
 - **-**: diffusers has no such pipeline, argument or callback.
 
 The FLUX.1 and FLUX.2 dev columns have the guidance embedding, FLUX.2 Klein and SD3 classifier-free guidance, Qwen-Image
-true CFG, in every row that does not say otherwise. Pipelines of FLUX.2 and Qwen-Image take prompt embeddings here.
+true CFG, in every row that does not say otherwise. Prompts are strings in the rows that say so, else embeddings.
 """
 REFUSALS = """\
 One line that says what to do, before anything is computed or changed; the pipeline works on as before.

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from cases import BATCH, TICKS
+from cases import BATCH, CONTROLNET, FLOW, TICKS, control
 from check import distance
+from diffusers import UniPCMultistepScheduler
 from makers import ALL, Arguments, basic, call, held, make
 
 import rapid3rt
+from rapid3rt.policies import Threshold
 
 POLICY = "threshold:0.2"
 kinds = pytest.mark.parametrize("kind", ALL)
@@ -94,3 +97,108 @@ def test_state_grows_inside_a_call_and_is_empty_after_it(kind: str, end: str) ->
     assert seen[0] > 0
     assert len(seen) == (TICKS if end == "whole" else 2)
     assert held(pipe) == 0
+
+
+# Exceptions ----------------------------------------------------------------------------------------------------------
+
+
+class Failing(Threshold):
+    """Computes always, as it may not say beforehand; calls `fail` in its second decision on the step."""
+
+    fail: Any = None
+
+    def decide_step(self, state: Any, velocity: Any) -> Any:
+        if self.fail is not None and state.tick == 1:
+            self.fail()
+        return super().decide_step(state, velocity)
+
+
+def failing_pipe(kind: str, where: str, fail: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A pipeline whose calls raise what `fail` raises in their second tick."""
+    making = {
+        "controlnet": partial(CONTROLNET, nets=1),
+        "solver": partial(make, scheduler_class=UniPCMultistepScheduler, scheduler=FLOW),
+    }
+    pipe, policy = making.get(where, make)(kind), Failing(0.0)
+    calls: list[int] = []
+
+    def second(*_: object) -> None:
+        calls.append(0)
+        if len(calls) == 2:
+            fail()
+
+    if where == "policy":
+        policy.fail = fail
+    elif where == "solver":
+        real = UniPCMultistepScheduler.multistep_uni_p_bh_update
+        monkeypatch.setattr(
+            UniPCMultistepScheduler,
+            real.__name__,
+            lambda *args, **kwargs: (second(), real(*args, **kwargs))[1],
+        )
+    else:
+        module = pipe.controlnet if where == "controlnet" else pipe.transformer
+        module = module.transformer_blocks[-1] if where == "block" else module
+        module.register_forward_pre_hook(second)
+    return rapid3rt.accelerate(pipe, policy)
+
+
+@pytest.mark.parametrize("error", [LookupError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["policy", "block", "transformer", "controlnet", "solver"])
+@pytest.mark.parametrize("kind", ["sd3", "dev"])
+def test_nothing_is_held_after_an_exception_inside_a_call_of_ours(
+    kind: str, where: str, error: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def fail() -> None:
+        seen.append(held(pipe))
+        raise error
+
+    pipe = failing_pipe(kind, where, fail, monkeypatch)
+    given = basic(kind, BATCH)
+    if where == "controlnet":
+        given |= control(1)(kind, BATCH)
+    with pytest.raises(error) as caught:
+        call(pipe, given, TICKS)
+    assert seen[0] > 0
+    assert held(pipe) == 0  # although `caught` holds the frames
+    assert caught.tb is not None
+    trace = rapid3rt.report(pipe).trace
+    assert trace.interrupted
+    # A scheduler of its own fails after the step was decided.
+    ticks = 2 if where == "solver" else 1
+    assert [len(of_image) for of_image in trace.images] == [ticks] * len(BATCH)
+
+
+def test_after_an_exception_in_a_callback_state_stays_until_restore_or_the_next_call() -> None:
+    def fail(_pipe: Any, step: int, _t: Any, _kwargs: Arguments) -> Arguments:
+        if step == 1:
+            raise LookupError
+        return {}
+
+    pipe = cached("sd3")
+    expected = run(cached("sd3"), "sd3")
+    with pytest.raises(LookupError):
+        run(pipe, "sd3", callback_on_step_end=fail)
+    assert held(pipe) > 0
+    assert torch.equal(run(pipe, "sd3"), expected)
+    assert held(pipe) == 0
+
+
+def test_a_foreign_call_that_is_refused_does_not_end_the_run() -> None:
+    pipe, refusals = cached("sd3"), []
+    expected = run(cached("sd3"), "sd3")
+    parts = {**pipe.components, "scheduler": make("sd3").scheduler}
+    other = type(pipe)(**parts)
+    other.set_progress_bar_config(disable=True)
+
+    def call_another(_pipe: Any, step: int, _t: Any, _kwargs: Arguments) -> Arguments:
+        if step == 1:
+            with pytest.raises(rapid3rt.StateError, match="must be called by that pipeline's own"):
+                run(other, "sd3")
+            refusals.append(step)
+        return {}
+
+    assert torch.equal(run(pipe, "sd3", callback_on_step_end=call_another), expected)
+    assert refusals == [1]

@@ -84,6 +84,27 @@ def test_the_same_model_and_block_size_are_accepted(traced):
     replay.begin(replace(run, model="tiny", block_size=(32, 32)))
 
 
+def sparse_trace(trace, attention):
+    first, *others = trace.images
+    first = (replace(first[0], level=2), *first[1:])
+    return replace(trace, images=(first, *others), attention=attention)
+
+
+def test_another_attention_mode_is_refused_where_something_was_sparse(traced):
+    run, _, trace = traced
+    message = "attention 'fast' in the trace, 'exact' in the run"
+    with pytest.raises(ValueError, match=message):
+        Replay(sparse_trace(trace, "fast")).begin(replace(run, attention="exact"))
+    Replay(sparse_trace(trace, "fast")).begin(replace(run, attention="fast"))
+    Replay(replace(trace, attention="fast")).begin(replace(run, attention="exact"))
+
+
+def test_a_trace_from_before_the_mode_was_kept_is_replayed_in_any(traced):
+    run, _, trace = traced
+    for attention in ("exact", "fast"):
+        Replay(sparse_trace(trace, None)).begin(replace(run, attention=attention))
+
+
 def test_an_interrupted_trace_has_no_end_to_replay(traced):
     with pytest.raises(ValueError, match="replay must be of a finished run"):
         Replay(replace(traced[2], interrupted=True))

@@ -206,11 +206,11 @@ def test_a_folder_of_the_users_does_not_change_what_a_rule_means(
 
 
 DIALS: list[tuple[dict[str, Any], str]] = [
-    ({"budget": 0}, r"budget must be an integer of 1 to the number of steps, got 0"),
-    ({"budget": -1}, r"budget must be an integer of 1 .*, got -1"),
-    ({"budget": True}, r"budget must be an integer of 1 .*, got True"),
-    ({"budget": 2.5}, r"budget must be an integer of 1 .*, got 2\.5"),
-    ({"budget": "3"}, r"budget must be an integer of 1 .*, got '3'"),
+    ({"budget": 0}, r"budget must be an integer of at least 1, got 0"),
+    ({"budget": -1}, r"budget must be an integer of at least 1, got -1"),
+    ({"budget": True}, r"budget must be an integer of at least 1, got True"),
+    ({"budget": 2.5}, r"budget must be an integer of at least 1, got 2\.5"),
+    ({"budget": "3"}, r"budget must be an integer of at least 1, got '3'"),
     ({"speed": 0.5}, r"speed must be .*at least 1, got 0\.5"),
     ({"speed": 0}, r"speed must be .*at least 1, got 0"),
     ({"speed": -2.0}, r"speed must be .*at least 1, got -2\.0"),

@@ -105,6 +105,27 @@ def test_fewer_steps_are_the_plain_fewer_steps(variant: str, true_cfg: bool) -> 
     assert torch.equal(plain, call_flux(pipe, 7, true_cfg=true_cfg))
 
 
+@pytest.mark.parametrize("true_cfg", [False, True])
+def test_a_callback_that_calls_the_transformer_is_not_taken_for_guidance(true_cfg: bool) -> None:
+    pipe, arguments = make_flux("dev"), dict[str, Any]()
+    plain = call_flux(pipe, 4, true_cfg=true_cfg)
+    rapid3rt.accelerate(pipe, "dense")
+    handle = pipe.transformer.register_forward_pre_hook(
+        lambda _module, _args, kwargs: arguments.update(kwargs), with_kwargs=True
+    )
+
+    def probe(pipe: Any, step: int, _t: Any, _kwargs: Any) -> dict[str, Any]:
+        if step == 1:
+            pipe.transformer(**arguments)
+        return {}
+
+    calls = "cond, then uncond" if true_cfg else "cond"
+    with pytest.raises(rapid3rt.UnsupportedError, match=f"called for {calls} in each tick and by"):
+        call_flux(pipe, 4, true_cfg=true_cfg, callback_on_step_end=probe)
+    handle.remove()
+    assert torch.equal(call_flux(pipe, 4, true_cfg=true_cfg), plain)
+
+
 def test_sigmas_of_the_users_own_are_refused_where_the_policy_sets_the_grid() -> None:
     pipe = make_flux("dev")
     rapid3rt.accelerate(pipe, "steps:3")

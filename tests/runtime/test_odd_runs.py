@@ -107,6 +107,23 @@ def test_the_trace_keeps_what_a_policy_answered_then(tmp_path: Path) -> None:
     assert torch.equal(call(pipe, STEPS), first)
 
 
+def test_a_trace_replays_in_the_attention_mode_that_it_was_made_in(tmp_path: Path) -> None:
+    pipe, path = make_pipeline("sd3", torch.float32), tmp_path / "trace.json"
+    rapid3rt.accelerate(pipe, Walker(levels=(0, 3)), attention="fast")
+    first = call(pipe, STEPS)
+    rapid3rt.report(pipe).save(path)
+    rapid3rt.restore(pipe)
+    rapid3rt.accelerate(pipe, Walker(levels=(0, 3)))
+    assert not torch.equal(call(pipe, STEPS), first)
+    rapid3rt.restore(pipe)
+    rapid3rt.accelerate(pipe, f"replay:{path}")
+    with pytest.raises(ValueError, match="attention 'fast' in the trace, 'exact' in the run"):
+        call(pipe, STEPS)
+    rapid3rt.restore(pipe)
+    rapid3rt.accelerate(pipe, f"replay:{path}", attention="fast")
+    assert torch.equal(call(pipe, STEPS), first)
+
+
 def test_a_policy_that_says_it_stays_on_the_grid_is_held_to_it() -> None:
     pipe = make_pipeline("sd35", torch.float32)
     rapid3rt.accelerate(pipe, Halver())

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from test_flux import call_flux, make_flux
 from test_layouts import call, make_pipeline
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import rapid3rt
 from rapid3rt.runtime.twins.base import session_of
@@ -78,3 +80,44 @@ def test_a_cap_around_a_policy_of_the_users_own_keeps_residuals_to_end_with() ->
     report = rapid3rt.report(pipe)
     assert [i.nfe for i in report.images] == [2, 2]
     assert all(len(i.actions) == 4 for i in report.images)
+
+
+def reference_and_embedded(
+    pipe: Any, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> tuple[torch.Tensor, StorageWeakRef]:
+    """After the second tick: the session's reference for drift, and the memory of what was embedded in that tick."""
+    rapid3rt.accelerate(pipe, "dense")
+    session: Any = session_of(pipe.transformer)
+    embed, embedded = session.adapter.embed, list[StorageWeakRef]()
+    seen: list[tuple[torch.Tensor, StorageWeakRef]] = []
+
+    def noting(*arguments: Any) -> Any:
+        out = embed(*arguments)
+        embedded.append(StorageWeakRef(out.image.untyped_storage()))
+        return out
+
+    def look(_pipe: Any, step: int, _t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            seen.append((session._state.reference, embedded[-1]))
+        return kwargs
+
+    monkeypatch.setattr(session.adapter, "embed", noting)
+    run(pipe, 4, callback_on_step_end=look)
+    return seen[0]
+
+
+def test_under_guidance_the_reference_keeps_no_other_branch_alive(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipe = make_pipeline("sd3", torch.float32)
+    reference, embedded = reference_and_embedded(pipe, call, monkeypatch)
+    assert embedded.expired()
+    # Two images of 256 tokens of width 32, float32.
+    assert reference.untyped_storage().nbytes() == reference.nbytes == 2 * 256 * 32 * 4
+
+
+def test_without_guidance_the_reference_is_what_was_embedded_and_no_copy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reference, embedded = reference_and_embedded(make_flux("dev"), call_flux, monkeypatch)
+    assert StorageWeakRef(reference.untyped_storage()) == embedded

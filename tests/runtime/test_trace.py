@@ -39,6 +39,7 @@ TRACE = Trace(
     budget=3,
     block_q=32,
     block_kv=32,
+    attention="exact",
     costs=ActionCosts(levels=(1.01, 0.9, 0.8), reuse=0.02, measured=True),
     tick_ms=(30.5, 16.25, 15.0, 0.25),
 )
@@ -99,6 +100,12 @@ def test_any_trace_comes_back_bit_for_bit(ways, data):
     assert Trace.from_json(trace.to_json()) == trace
 
 
+def test_a_trace_from_before_a_field_was_added_still_loads():
+    data = TRACE.to_dict()
+    del data["attention"], data["scheduler"]
+    assert Trace.from_json(json.dumps(data)) == replace(TRACE, attention=None, scheduler=None)
+
+
 def test_an_interrupted_trace_may_end_above_zero():
     cut = replace(TRACE, images=((tick(1.0, 0.75),), ()), interrupted=True)
     assert Trace.from_json(cut.to_json()) == cut
@@ -149,6 +156,7 @@ def broken(path, value):
         (["costs", "levels"], [], r"costs\.levels must hold at least the dense cost"),
         (["costs"], 3, "costs must be an object, got 3"),
         (["tick_ms"], [1, 2, 3, 4, 5], "tick_ms must have at most 4 entries, got 5"),
+        (["attention"], "slow", "attention must be one of exact, fast, got 'slow'"),
         (["budget"], 0, "budget must be an integer of at least 1, got 0"),
     ],
 )

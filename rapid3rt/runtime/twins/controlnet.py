@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,9 @@ class DeferringSession(Protocol):
 
     def defer(self, net: Any, arguments: dict[str, Any]) -> Any:
         """Keep one call; returns what the pipeline unpacks and hands to the transformer."""
+
+    def guard(self) -> AbstractContextManager[None]:
+        """Around a call: one that fails ends the run."""
 
 
 def make_controlnet_twin(real: torch.nn.Module, session: DeferringSession) -> torch.nn.Module:
@@ -37,12 +41,13 @@ def _call_with(session: DeferringSession, real: torch.nn.Module) -> Callable[...
     signature = inspect.signature(type(real).forward)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        arguments = dict(signature.bind(self, *args, **kwargs).arguments)
-        del arguments["self"]
-        if arguments.get("return_dict", True):
-            raise UnsupportedError(
-                "return_dict of an accelerated pipeline's ControlNet must be False"
-            )
-        return session.defer(real, arguments)
+        with session.guard():
+            arguments = dict(signature.bind(self, *args, **kwargs).arguments)
+            del arguments["self"]
+            if arguments.get("return_dict", True):
+                raise UnsupportedError(
+                    "return_dict of an accelerated pipeline's ControlNet must be False"
+                )
+            return session.defer(real, arguments)
 
     return call

@@ -63,8 +63,9 @@ def make_lockstep_twin(real: Any, session: Session) -> Any:
     def step(
         self: Any, model_output: torch.Tensor, timestep: Any, sample: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        session.follow(model_output)
-        return cls.step(self, model_output, timestep, sample, *args, **kwargs)
+        with session.guard():
+            session.follow(model_output)
+            return cls.step(self, model_output, timestep, sample, *args, **kwargs)
 
     @functools.wraps(cls.set_begin_index)
     def set_begin_index(self: Any, begin_index: int = 0) -> None:

@@ -20,7 +20,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteSchedulerOutput,
 )
 
-from rapid3rt.errors import UnsupportedError
+from rapid3rt.errors import UnsupportedError, check_count
 from rapid3rt.runtime.frames import counts_in_ticks, own_call, pipeline_call
 from rapid3rt.runtime.session import Grid, Session
 from rapid3rt.runtime.twins.base import real_class, twin_class
@@ -85,10 +85,8 @@ def set_timesteps(
     ticks = len(self.timesteps)
     choice = session.choose(ticks)
     steps = getattr(choice.policy, "grid_steps", None)
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-        raise ValueError(
-            f"grid_steps of policy {choice.name!r} must be an integer of at least 1, got {steps!r}"
-        )
+    if steps is not None:
+        check_count(f"grid_steps of policy {choice.name!r}", steps)
     grid, shift = self, _shift(self, mu)
     if steps is not None and steps != ticks:
         if steps > ticks:
@@ -209,12 +207,13 @@ def step(
 ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[torch.Tensor]:
     """Move every image to its own next sigma. Churn arguments do nothing in the real scheduler either."""
     del s_churn, s_tmin, s_tmax, s_noise, generator
-    if per_token_timesteps is not None:
-        raise UnsupportedError("per_token_timesteps cannot be combined with per-image sigmas")
-    if self._step_index is None:
-        self._init_step_index(timestep)
     session: Session = type(self)._rapid3rt_session
-    moved = session.step(model_output, sample)
+    with session.guard():
+        if per_token_timesteps is not None:
+            raise UnsupportedError("per_token_timesteps cannot be combined with per-image sigmas")
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        moved = session.step(model_output, sample)
     self._step_index += 1
     if not return_dict:
         return (moved,)

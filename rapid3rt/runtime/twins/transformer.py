@@ -12,7 +12,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -33,6 +33,9 @@ class ForwardSession(Protocol):
     def forward(self, transformer: Any, kwargs: Mapping[str, Any]) -> torch.Tensor:
         """Run one transformer call."""
 
+    def guard(self) -> AbstractContextManager[None]:
+        """Around a whole call, hooks included: one that fails ends the run."""
+
 
 def make_transformer_twin(
     real: torch.nn.Module, session: ForwardSession, attention_kwargs: str
@@ -52,9 +55,10 @@ def _call_with(
     session: ForwardSession, lock: threading.RLock, attention_kwargs: str
 ) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        check_transformer(self)
-        with lock, _window(self, session, attention_kwargs):
-            return torch.nn.Module.__call__(self, *args, **kwargs)
+        with session.guard():
+            check_transformer(self)
+            with lock, _window(self, session, attention_kwargs):
+                return torch.nn.Module.__call__(self, *args, **kwargs)
 
     return call
 
