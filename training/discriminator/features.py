@@ -48,7 +48,7 @@ def vae_features(pipe: Any, device: torch.device | str | None = None) -> Feature
     Few steps show in what should be flat or sharp and is not quite. Tiny SD3, plain 3 / 6 / 10 steps against 28, 400
     steps of learning on 96 pairs of 3 and 6, measured on 96 others: AUC 0.97 / 0.60 / 0.55, pairs in order 0.97 / 0.73
     / 0.65. Mean, std and max over the whole picture: 0.94 / 0.51 / 0.50, and 1.00 / 0.62 / 0.54. A vector per
-    region of the picture told no more.
+    region told no more than local detail of the whole, on unrounded pictures.
 
     Raises ValueError where the VAE is no AutoencoderKL of pictures, or its weights are offloaded.
     """
