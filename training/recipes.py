@@ -23,6 +23,16 @@ def tiny_sd3() -> Recipe:
     )
 
 
+def tiny_sd3_allocation() -> Recipe:
+    """The allocation alone, fitted to the bank: no rollouts, minutes. The strongest policy measured so far."""
+    return replace(tiny_sd3(), name="tiny-sd3-allocation", heads=("allocation",))
+
+
+def tiny_flux_allocation() -> Recipe:
+    """The same on the bundled tiny FLUX."""
+    return replace(tiny_flux(), name="tiny-flux-allocation", heads=("allocation",))
+
+
 def tiny_flux() -> Recipe:
     """Dial recipe on the bundled tiny FLUX."""
     return replace(tiny_sd3(), name="tiny-flux", model="tiny-flux")
@@ -84,5 +94,5 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         (dial().name, dial),
         (f"{dial().name}-paper", lambda dial=dial: as_paper(dial())),
     )
-}
+} | {make().name: make for make in (tiny_sd3_allocation, tiny_flux_allocation)}
 """Name to recipe."""

@@ -106,14 +106,16 @@ def train(command: Command) -> Path:
     checkpoints = _open_checkpoints(command, ranks)
     subject = load_subject(recipe, command.banks / recipe.model.replace("/", "--"), ranks)
     heads = make_heads(recipe, subject).to(ranks.device)
-    trainer = Trainer(
-        recipe,
-        subject,
-        heads,
-        ranks,
-        quality=WeightedSum(dict(recipe.quality)) if recipe.reward == "paper" else None,
-        discriminator=_make_discriminator(recipe, subject),
-    )
+    trainer = None
+    if heads.config.sampled:
+        trainer = Trainer(
+            recipe,
+            subject,
+            heads,
+            ranks,
+            quality=WeightedSum(dict(recipe.quality)) if recipe.reward == "paper" else None,
+            discriminator=_make_discriminator(recipe, subject),
+        )
     family = subject.searched.schedule
     validation = Validation(
         bank=subject.validation,
@@ -126,29 +128,11 @@ def train(command: Command) -> Path:
     with Logs(
         command.out, tracker=command.tracker, is_main=ranks.is_main, total=recipe.iterations
     ) as logs:
-        start, fitted = _resume(checkpoints, trainer, logs)
-        if not start:
-            fitted = _warm_start(heads, subject, recipe)
-            for name, value in fitted.items():
-                logs.say(f"{name} {value:.4g}")
-        logs.rewind(start)
-        for iteration in range(start, recipe.iterations):
-            metrics, done = trainer.iterate(iteration), iteration + 1
-            score = None
-            if done % recipe.evaluate_every == 0 or done == recipe.iterations:
-                judged, score = validation.judge(validation.measure(heads, dials_of(recipe)))
-                metrics |= judged
-            logs.row(done, metrics)
-            _tell(logs, trainer, done, score is not None)
-            if done % recipe.checkpoint_every == 0 or score is not None:
-                if ranks.is_main:
-                    state = {"trainer": trainer.state(), "random": random_state(), "fitted": fitted}
-                    checkpoints.save(done, state, score=score)
-                ranks.wait()
-        best = checkpoints.best()
-        if best is not None:
-            trainer.load_state(checkpoints.load(best)["state"]["trainer"])
-        logs.say(f"the best checkpoint is of iteration {best}; calibrating its dials")
+        if trainer is None:
+            best, fitted = 0, _warm_start(heads, subject, recipe, logs)
+        else:
+            best, fitted = _iterate(command, trainer, validation, checkpoints, logs)
+        logs.say("calibrating the dials")
         further = FURTHER_DIALS if recipe.prior else ()
         dials = sorted({*dials_of(recipe), *further}, key=lambda dial: dial or 0.0)
         dials = [dial for dial in dials if dial is None or dial <= recipe.num_inference_steps]
@@ -158,6 +142,49 @@ def train(command: Command) -> Path:
         ranks.wait()
         logs.say(f"policy: {command.out / 'policy'}")
     return command.out / "policy"
+
+
+def _iterate(
+    command: Command,
+    trainer: Trainer,
+    validation: Validation,
+    checkpoints: Checkpoints,
+    logs: Logs,
+) -> tuple[int, dict[str, float]]:
+    """All iterations, from the newest checkpoint on. Leaves the heads as they were best, and says when that was.
+
+    Iteration 0, the heads before the first update, is a candidate as any other.
+    """
+    recipe, ranks, heads = command.recipe, trainer.ranks, trainer.heads
+    start, fitted = _resume(checkpoints, trainer, logs)
+    logs.rewind(start)
+
+    def keep(done: int, score: float | None) -> None:
+        if ranks.is_main:
+            state = {"trainer": trainer.state(), "random": random_state(), "fitted": fitted}
+            checkpoints.save(done, state, score=score)
+        ranks.wait()
+
+    if checkpoints.latest() is None:
+        fitted = _warm_start(heads, trainer.subject, recipe, logs)
+        judged, first = validation.judge(validation.measure(heads, dials_of(recipe)))
+        logs.say("before training: " + ", ".join(f"{k} {v:.3g}" for k, v in judged.items()))
+        keep(0, first)
+    for iteration in range(start, recipe.iterations):
+        metrics, done = trainer.iterate(iteration), iteration + 1
+        score: float | None = None
+        if done % recipe.evaluate_every == 0 or done == recipe.iterations:
+            judged, score = validation.judge(validation.measure(heads, dials_of(recipe)))
+            metrics |= judged
+        logs.row(done, metrics)
+        _tell(logs, trainer, done, score is not None)
+        if done % recipe.checkpoint_every == 0 or score is not None:
+            keep(done, score)
+    best = checkpoints.best()
+    assert best is not None
+    trainer.load_state(checkpoints.load(best)["state"]["trainer"])
+    logs.say(f"the best heads are those of iteration {best}")
+    return best, fitted
 
 
 def dials_of(recipe: Recipe) -> list[float | None]:
@@ -224,14 +251,17 @@ def _resume(checkpoints: Checkpoints, trainer: Trainer, logs: Logs) -> tuple[int
     return loaded["iteration"], dict(state["fitted"])
 
 
-def _warm_start(heads: Heads, subject: Subject, recipe: Recipe) -> dict[str, float]:
-    """Fit the allocation head to the bank."""
+def _warm_start(heads: Heads, subject: Subject, recipe: Recipe, logs: Logs) -> dict[str, float]:
+    """Fit the allocation head to the bank. Returns what the fit says of itself."""
     family = subject.searched.schedule
     if "allocation" not in heads.config.heads or family is None:
         return {}
     head = heads.by_name["allocation"]
     assert isinstance(head, AllocationHead)
-    return fit_head(head, read_pairs(subject.training, family), recipe.num_inference_steps)
+    fitted = fit_head(head, read_pairs(subject.training, family), recipe.num_inference_steps)
+    for name, value in fitted.items():
+        logs.say(f"{name} {value:.4g}")
+    return fitted
 
 
 def _tell(logs: Logs, trainer: Trainer, iteration: int, with_pictures: bool) -> None:
