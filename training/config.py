@@ -82,7 +82,7 @@ class Recipe:
     micro_batch: int = 2048
     """Decisions that are scored at once."""
     warm_start: int = 200
-    """Steps before the first rollout: of the allocation head on the bank, or of cloning the searched schedule."""
+    """Steps of cloning the searched schedule before the first rollout, for heads without a prior; 0: from nothing."""
 
     seed: int = 0
     checkpoint_every: int = 5

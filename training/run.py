@@ -30,6 +30,7 @@ from rapid3rt.policies.learned import Dial, Heads, HeadsConfig
 from training.allocation import fit_head, read_pairs
 from training.bank import REFERENCE_STEPS
 from training.checkpoint import Checkpoints, random_state, set_random_state
+from training.clone import clone
 from training.config import Recipe, as_json
 from training.describe import describe
 from training.discriminator import Discriminator, DiscriminatorConfig, vae_features
@@ -252,13 +253,24 @@ def _resume(checkpoints: Checkpoints, trainer: Trainer, logs: Logs) -> tuple[int
 
 
 def _warm_start(heads: Heads, subject: Subject, recipe: Recipe, logs: Logs) -> dict[str, float]:
-    """Fit the allocation head to the bank. Returns what the fit says of itself."""
+    """Fit the allocation head to the bank, or clone the searched schedule. Returns what came of it."""
     family = subject.searched.schedule
-    if "allocation" not in heads.config.heads or family is None:
-        return {}
-    head = heads.by_name["allocation"]
-    assert isinstance(head, AllocationHead)
-    fitted = fit_head(head, read_pairs(subject.training, family), recipe.num_inference_steps)
+    fitted: dict[str, float] = {}
+    if family is not None and "allocation" in heads.config.heads:
+        head = heads.by_name["allocation"]
+        assert isinstance(head, AllocationHead)
+        pairs = read_pairs(subject.training, family)
+        fitted = fit_head(head, pairs, recipe.num_inference_steps)
+    elif family is not None and not recipe.prior and recipe.warm_start:
+        fitted = clone(
+            heads,
+            subject.training,
+            family,
+            dial=recipe.dials[len(recipe.dials) // 2],
+            order=recipe.order,
+            steps=recipe.warm_start,
+            seed=recipe.seed,
+        )
     for name, value in fitted.items():
         logs.say(f"{name} {value:.4g}")
     return fitted

@@ -42,6 +42,11 @@ class Decisions:
         kept = {name: getattr(self, name)[rows] for name in _TENSORS}
         return Decisions(head=self.head, **kept)
 
+    def pick(self, rows: torch.Tensor) -> Decisions:
+        """Rows by number, as copies."""
+        kept = {name: getattr(self, name)[rows] for name in _TENSORS}
+        return Decisions(head=self.head, **kept)
+
     def slices(self, size: int) -> Iterator[Decisions]:
         """All of them, so many at a time."""
         for start in range(0, len(self), size):

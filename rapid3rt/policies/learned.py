@@ -218,7 +218,8 @@ class LearnedPolicy:
     budget: what every image gets; dial: b, the mean over images; speed: ticks over the mean of their equivalent steps,
     by the calibration, which says what every dial was measured to cost. costs: of the actions.
     seeds: one per image, to sample in training; None serves modes and the most likely choices. record: told every
-    decision of a run.
+    decision of a run. teacher: walks in place of the heads, which only record what they would have to say: the first
+    lessons of heads without a prior.
     """
 
     leaves_grid = True
@@ -237,6 +238,7 @@ class LearnedPolicy:
         costs: ActionCosts | None = None,
         seeds: Callable[[Run], Sequence[int]] | None = None,
         record: Callable[[Decision], None] | None = None,
+        teacher: Prior | None = None,
     ) -> None:
         names = heads.config.heads
         if heads.config.has_prior != (family is not None):
@@ -251,7 +253,7 @@ class LearnedPolicy:
         self.calibration = tuple(calibration)
         self.costs = costs or ActionCosts()
         self.reuses = "cache" in names
-        self._seeds, self._record = seeds, record
+        self._seeds, self._record, self._teacher = seeds, record, teacher
         self._noise: Noise | None = None
 
     @property
@@ -285,6 +287,8 @@ class LearnedPolicy:
                     setting_for(self.calibration, wanted) if self.calibration else wanted
                 )
             self.prior.begin(run)
+        if self._teacher is not None:
+            self._teacher.begin(run)
         self._run = run
         self.heads.to(run.device)
         self._noise = None
@@ -306,32 +310,40 @@ class LearnedPolicy:
             )
             live = state.has_reference & ~state.done & ~self._is_spent(state)
             prior = torch.zeros(len(live), 2, device=live.device)
-            chosen = self._choose("cache", state, seen, prior, live)
+            chosen = self._choose("cache", state, seen, prior, live, self._lesson(state))
             action = torch.where(live, chosen, COMPUTE).to(torch.int8)
         if "sparse" in names:
             live = (action == COMPUTE) & ~state.done & ~self._is_spent(state)
             prior = torch.full((len(live), self.heads.config.levels), _DENSER, device=live.device)
             prior[:, 0] = 0.0
-            sparsity = self._choose("sparse", state, state.latents, prior, live).to(torch.int32)
+            taught = self._lesson(state)
+            chosen = self._choose("sparse", state, state.latents, prior, live, taught)
+            sparsity = chosen.to(torch.int32)
         return ComputeDecision(action=action, sparsity=sparsity)
+
+    def _lesson(self, state: DenoiseState) -> torch.Tensor | None:
+        """What a teacher's images do before the forward: compute, densely. None without a teacher."""
+        return None if self._teacher is None else torch.zeros_like(state.nfe, dtype=torch.int64)
 
     def decide_step(self, state: DenoiseState, velocity: torch.Tensor) -> StepDecision:
         assert state.computes is not None
         self._note(velocity, state.computes)
         if "allocation" in self.heads.config.heads and state.tick == 0:
             self._allocate(state)
-        if self.prior is None:
-            ratio, forced = None, torch.zeros_like(state.done)
-        else:
+        ratio, taught, forced = None, None, torch.zeros_like(state.done)
+        if self.prior is not None:
             self._left = self.prior.left(state, velocity, self._stretch)
             ratio, forced = self.prior.ratio(state.sigma, self._left), self._left <= 1
+        if self._teacher is not None:
+            left = self._teacher.left(state, velocity, self._stretch)
+            taught, forced = self._teacher.ratio(state.sigma, left), left <= 1
         if "step" in self.heads.config.heads:
             prior = (
                 torch.zeros(len(forced), 2, device=forced.device)
                 if ratio is None
                 else step_logits(ratio)
             )
-            ratio = self._choose("step", state, velocity, prior, ~forced & ~state.done)
+            ratio = self._choose("step", state, velocity, prior, ~forced & ~state.done, taught)
         assert ratio is not None
         following = torch.where(forced, 0.0, state.sigma * ratio)
         following = following.masked_fill(following < SIGMA_MIN, 0.0)
@@ -354,14 +366,17 @@ class LearnedPolicy:
         seen: torch.Tensor,
         prior: torch.Tensor,
         live: torch.Tensor,
+        taught: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Ask a head about all images, and record what it said."""
+        """Ask a head about all images, and record what it said; or what it was taught, which is taken instead."""
         observation = observe(seen, self.heads.config.side)
         conditioning = state.conditioning.bfloat16()
         scalars = self._scalars(state, observation)
         with torch.no_grad():
             logits = self.heads(head, observation, conditioning, scalars, prior)
-        if head == "step":
+        if taught is not None:
+            action = taught
+        elif head == "step":
             alpha, beta = _concentrations(logits)
             sampled = None if self._noise is None else self._noise.ratio(state.tick, alpha, beta)
             action = beta_mode(alpha, beta) if sampled is None else sampled
