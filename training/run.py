@@ -308,7 +308,7 @@ def finish(
         "iteration": best,
         "warm_start": {name: value for name, value in fitted.items() if math.isfinite(value)},
         "validation_pairs": len(subject.validation),
-        "searched": dict(searched.provenance),
+        "searched": dict(searched.provenance.get("searched", searched.provenance)),
     }
     return PolicyFolder(
         model=searched.model,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from rapid3rt.planning.jsonfile import Fields, read_fields, write_document
 from rapid3rt.policies.learned import Dial, Heads, HeadsConfig
@@ -103,7 +103,7 @@ class PolicyFolder(
             }
             weights = {name: x.contiguous() for name, x in self.heads.state_dict().items()}
             scratch = folder / f".{_HEADS}.tmp"
-            save_file(weights, scratch)
+            scratch.write_bytes(save(weights))  # save_file would give it a mode of its own
             scratch.replace(folder / _HEADS)
         write_document(folder / "config.json", document)
 

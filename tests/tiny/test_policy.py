@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bundled policies are what `python -m rapid3rt.tiny.policy` makes."""
+"""The bundled policies are what `rapid3rt.tiny.policy` makes and `training.run tiny-MODEL-allocation` adds to it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,13 @@ def test_a_bundled_policy_is_of_its_pipeline_and_of_this_recipe(model: str) -> N
     assert folder.model == model_id(load_tiny(model).transformer)
     assert folder.schedule.family == model
     assert folder.costs.measured
-    assert folder.provenance["prompts"] == policy.NUM_PROMPTS
-    assert folder.provenance["call"] == policy.CALL
+    searched = folder.provenance["searched"]
+    assert searched["prompts"] == policy.NUM_PROMPTS
+    assert searched["call"] == policy.CALL
+    assert folder.heads.config.heads == ("allocation",)
+    assert folder.provenance["recipe"]["name"] == f"tiny-{model}-allocation"
+    costs = [dial.equivalent_steps for dial in folder.calibration]
+    assert costs[0] < 5 < 14 < costs[-1]
 
 
 def test_it_calibrates_on_captions_of_the_calibration_split(
