@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from safetensors.torch import load_file, save_file
 
-from rapid3rt.policies.allocation import LEAST_LEARNED, limits
+from rapid3rt.policies.allocation import limits
 from rapid3rt.policies.fixed import Steps
 from rapid3rt.policies.heads import AllocationHead
 from rapid3rt.policies.schedule import ScheduleFamily, WarpFamily
@@ -162,7 +162,7 @@ def _choose_strength(
 
 def _plans(log_stretch: torch.Tensor, setting: float, ticks: int) -> torch.Tensor:
     """Evaluations of every image, as `policies.allocation` clamps them."""
-    low, high = limits(math.exp(setting), ticks, LEAST_LEARNED)
+    low, high = limits(math.exp(setting), ticks, is_learned=True)
     return (setting + log_stretch).exp().clamp(low, high)
 
 

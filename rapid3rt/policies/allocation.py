@@ -25,8 +25,9 @@ from rapid3rt.types import DenoiseState, Run
 
 MOST, LEAST = 2.0, 0.8
 """An image gets at most twice and at least 0.8 of b: below that, errors rise faster than detail can tell."""
-LEAST_LEARNED = 0.5
-"""The same where a trained head tells images apart."""
+LEAST_LEARNED, FEWEST_LEARNED = 0.5, 3.0
+"""The same where a trained head tells images apart; but with two evaluations no image is one (tiny FLUX: 30 times the
+error of three)."""
 SLACK = 0.25
 """Of an even step: what may be left over at the end without an evaluation of its own."""
 _TINY = 1e-12
@@ -68,7 +69,7 @@ class Allocation:
 class Allocator:
     """An allocation in one run.
 
-    mean: wanted mean of the evaluations of an image. start: u where the run begins. least: the least share of b.
+    mean: wanted mean of the evaluations of an image. start: u where the run begins. is_learned: a head stretches plans.
     """
 
     def __init__(
@@ -77,10 +78,10 @@ class Allocator:
         mean: float,
         run: Run,
         start: float = 1.0,
-        least: float = LEAST,
+        is_learned: bool = False,
     ) -> None:
         self._setting, self._start, self._ticks = allocation.setting(mean), start, run.ticks
-        self._limits = limits(self._setting, self._ticks, least)
+        self._limits = limits(self._setting, self._ticks, is_learned)
         stronger = log_ratio(run.guidance, allocation.guidance)
         rows = [(u, o + t * stronger, e) for u, o, e, t in allocation.table]
         self._u, self._offset, self._exponent = (
@@ -117,10 +118,13 @@ def log_ratio(guidance: float | None, reference: float | None) -> float:
     return math.log(max(guidance, 1.0) / max(reference, 1.0))
 
 
-def limits(setting: float, ticks: int, least: float = LEAST) -> tuple[float, float]:
+def limits(setting: float, ticks: int, is_learned: bool = False) -> tuple[float, float]:
     """Fewest and most evaluations of an image at a setting b."""
     most = min(MOST * setting, float(ticks))
-    return min(least * setting, most), most
+    least = LEAST * setting
+    if is_learned:
+        least = max(LEAST_LEARNED * setting, min(FEWEST_LEARNED, setting))
+    return min(least, most), most
 
 
 def even(ticks: int) -> Allocation:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from rapid3rt.policies.allocation import LEAST, LEAST_LEARNED, Allocator, even
+from rapid3rt.policies.allocation import Allocator, even
 from rapid3rt.policies.base import (
     Warp,
     WarpedTime,
@@ -62,8 +62,9 @@ class Prior:
         else:
             self.mean = min(self.dial, float(run.ticks))
             searched = None if self.stretches else self.family.allocation
-            least = LEAST_LEARNED if self.stretches else LEAST
-            self._allocator = Allocator(searched or even(run.ticks), self.mean, run, start, least)
+            self._allocator = Allocator(
+                searched or even(run.ticks), self.mean, run, start, self.stretches
+            )
 
     @property
     def allocates(self) -> bool:
