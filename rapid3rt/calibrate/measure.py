@@ -115,7 +115,7 @@ class Bench:
                 seen.append(run)
                 super().begin(run)
 
-        with _accelerated(self.pipe, Probe(1, trim=True)):
+        with accelerated(self.pipe, Probe(1, trim=True)):
             self._call(self.prompts[:1], [0], 1, output_type="latent")
         return [seen[0].family, seen[0].shift]
 
@@ -135,20 +135,24 @@ class Bench:
             self.pipe.set_progress_bar_config(**bars)
 
     def images(
-        self, steps: int, description: str | None = None, first: int | None = None, **call: Any
+        self,
+        steps: int,
+        description: str | None = None,
+        pairs: Sequence[int] | None = None,
+        **call: Any,
     ) -> tuple[torch.Tensor, list[int]]:
-        """Decoded images of all pairs in -1..1, float32 `[n, 3, H, W]`, and the evaluations that each one took.
+        """Decoded images of pairs in -1..1, float32 `[n, 3, H, W]`, and the evaluations that each one took.
 
-        Under whatever policy drives the pipeline now. first: only so many pairs. call: arguments in place of the
+        Under whatever policy drives the pipeline now. pairs: which ones, None for all. call: arguments in place of the
         calibration's own.
         """
-        wanted = self.prompts[:first]
+        wanted = list(range(len(self.prompts)) if pairs is None else pairs)
         starts = range(0, len(wanted), self.batch_size)
         chunks: list[torch.Tensor] = []
         spent: list[int] = []
         for start in tqdm(starts, desc=description, disable=not (self.progress and description)):
-            prompts = wanted[start : start + self.batch_size]
-            noises = list(range(start, start + len(prompts)))
+            noises = wanted[start : start + self.batch_size]
+            prompts = [self.prompts[i] for i in noises]
             chunks.append(
                 self._call(prompts, noises, steps, output_type="pt", **call).float().cpu() * 2 - 1
             )
@@ -163,49 +167,60 @@ class Bench:
                 if (stored.metadata() or {}).get("calibration") == self.key:
                     self._reference = stored.get_tensor("images")
         if self._reference is None:
-            with _accelerated(self.pipe, Steps(REFERENCE_STEPS, trim=True, order=AUTO)):
+            with accelerated(self.pipe, Steps(REFERENCE_STEPS, trim=True, order=AUTO)):
                 self._reference, _ = self.images(REFERENCE_STEPS, "converged solutions")
             images = {"images": self._reference.contiguous()}
             save_file(images, path, metadata={"calibration": self.key})
         return self._reference
 
-    def errors(self, policy: Policy, k: int, key: str, *, first: int | None = None) -> torch.Tensor:
+    def errors(
+        self, policy: Policy, k: int, key: str, *, pairs: Sequence[int] | None = None
+    ) -> torch.Tensor:
         """Squared error of every image to its converged solution, under a policy of k evaluations: float64 `[n]`.
 
-        first: of only so many pairs.
+        pairs: which ones, None for all.
         """
-        return torch.tensor(self._run(policy, k, key, first)["errors"], dtype=torch.float64)
+        return torch.tensor(self._run(policy, k, key, pairs)["errors"], dtype=torch.float64)
 
     def evaluations(self, policy: Policy, k: int, key: str) -> float:
         """The mean number that the run behind `errors` of the same arguments took."""
         return float(self._run(policy, k, key)["evaluations"])
 
-    def _run(self, policy: Policy, k: int, key: str, first: int | None = None) -> Mapping[str, Any]:
-        first = None if first is None or first >= len(self.prompts) else first
+    def _run(
+        self, policy: Policy, k: int, key: str, pairs: Sequence[int] | None = None
+    ) -> Mapping[str, Any]:
+        chosen = list(range(len(self.prompts)) if pairs is None else pairs)
 
         def measure() -> dict[str, Any]:
-            reference = self.reference()[:first]
-            with _accelerated(self.pipe, policy):
-                images, spent = self.images(max(self.steps, k), first=first)
+            reference = self.reference()[chosen]
+            with accelerated(self.pipe, policy):
+                images, spent = self.images(max(self.steps, k), pairs=chosen)
             errors = (images - reference).square().mean((1, 2, 3))
             return {"errors": errors.tolist(), "evaluations": sum(spent) / len(spent)}
 
-        of = f" first={first}" if first else ""
-        run: Mapping[str, Any] = self.remember(f"{key} k={k}{of}", measure)
+        run: Mapping[str, Any] = self.remember(f"{key} k={k}{self._which(chosen)}", measure)
         return run
 
+    def _which(self, pairs: list[int]) -> str:
+        """What tells measurements on some pairs from those on all."""
+        if pairs == list(range(len(self.prompts))):
+            return ""
+        if pairs == list(range(len(pairs))):
+            return f" first={len(pairs)}"
+        return " pairs=" + ",".join(map(str, pairs))
+
     def family_errors(
-        self, family: WarpFamily, k: int, *, first: int | None = None
+        self, family: WarpFamily, k: int, *, pairs: Sequence[int] | None = None
     ) -> torch.Tensor:
         """`errors` of a family, every image at k."""
-        return self.errors(ScheduleFamily(family, budget=k), k, _key(family), first=first)
+        return self.errors(ScheduleFamily(family, budget=k), k, _key(family), pairs=pairs)
 
     def walk(self, family: WarpFamily) -> list[Stop]:
         """Where the images of a family's long walk stop, u falling."""
 
         def measure() -> list[Any]:
             recorder = _Recorder(family, min(_WALK_STEPS, self.steps))
-            with _accelerated(self.pipe, recorder):
+            with accelerated(self.pipe, recorder):
                 self.images(self.steps)
             return recorder.stops()
 
@@ -219,7 +234,7 @@ class Bench:
 
         def walk(**call: Any) -> _Recorder:
             recorder = _Recorder(family, min(_TILT_STEPS, self.steps))
-            with _accelerated(self.pipe, recorder):
+            with accelerated(self.pipe, recorder):
                 self.images(self.steps, **call)
             return recorder
 
@@ -255,7 +270,7 @@ class Bench:
             return kwargs
 
         def ticks_of(policy: Any) -> float:
-            with _accelerated(self.pipe, policy):
+            with accelerated(self.pipe, policy):
                 self._call(prompts, noises, steps, output_type="latent")
                 return median((report(self.pipe).trace.tick_ms or (math.nan,))[1:-1])
 
@@ -289,7 +304,8 @@ class Bench:
 
 
 @contextmanager
-def _accelerated(pipe: Any, policy: Any) -> Iterator[None]:
+def accelerated(pipe: Any, policy: Any) -> Iterator[None]:
+    """The pipeline under a policy while the context is open."""
     accelerate(pipe, policy)
     try:
         yield

@@ -32,6 +32,7 @@ def search(bench: Bench, evaluations: int) -> WarpFamily:
     spent = 0
     bar = tqdm(total=evaluations, desc="grid search", disable=not bench.progress)
     ks = [k for k in SEARCH_STEPS if k <= bench.steps]
+    pairs = range(min(SEARCH_PROMPTS, len(bench.prompts)))
 
     def objective(order: int, knots: Sequence[float]) -> float:
         nonlocal spent
@@ -40,7 +41,7 @@ def search(bench: Bench, evaluations: int) -> WarpFamily:
         spent += 1
         bar.update()
         family = _family(bench, order, knots)
-        errors = (bench.family_errors(family, k, first=SEARCH_PROMPTS) for k in ks)
+        errors = (bench.family_errors(family, k, pairs=pairs) for k in ks)
         return sum(float(e.sqrt().mean().log()) for e in errors) / len(ks)
 
     bench.reference()

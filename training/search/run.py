@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a pipeline and prompts to a schedule file: the stages of a search, and what came of them.
+
+Half of the prompts, 64 pairs at most, decide; the others are looked at once, at the end. Every measurement lies in the
+folder FILE.search, and what is done next follows from those alone: the same call goes on where one was interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from rapid3rt.calibrate.measure import REFERENCE_STEPS, Bench, accelerated
+from rapid3rt.pipeline import accelerate, restore
+from rapid3rt.policies import FixedPlan, Steps, WarpFamily, save_schedule
+from rapid3rt.policies.base import Warp, check_count, trimmed_sigmas
+from rapid3rt.types import ActionCosts, Run
+from training.search import recording
+from training.search.climb import Climber, Objective, climb, descend, probe, redraws
+from training.search.error_model import ErrorModel
+from training.search.folder import claim, find_policy, identity, search_family, take_over
+from training.search.lattice import FINENESS, Lattice, equivalent_steps
+from training.search.local_errors import LocalErrors
+
+MOST_SEEN, NUM_FEW = 64, 16
+"""Pairs that decide, at most, and those of them that a proposal meets first, which are also those recorded."""
+NUM_PROBES = 12
+WORTHWHILE = 0.95
+"""Cost of a sparsity level, in plain steps, from which on it is not tried (METHOD.md, section 2)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What a search is asked for.
+
+    budget: computing ticks of the schedule. evaluations: of single images, all guidance branches counted as one, that
+    recording, probes and proposals may spend; references and the family's own search come on top. steps: of the
+    pipeline that users call. seed: of the random moves. levels, reuse: whether those may be tried.
+    """
+
+    budget: int
+    evaluations: int = 20_000
+    steps: int = 28
+    seed: int = 0
+    levels: bool = True
+    reuse: bool = True
+    batch_size: int = 16
+
+
+def search(
+    pipe: Any,
+    prompts: Sequence[str],
+    out: str | Path,
+    settings: Settings,
+    *,
+    policy: str | Path | None = None,
+    call: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> FixedPlan:
+    """Search a fixed schedule and write it.
+
+    Parameters
+    ----------
+    pipe: a plain (not accelerated) pipeline of a supported family.
+    prompts: at least 2; each is paired with its own noise, as `rapid3rt.calibrate` does.
+    out: the schedule file; measurements go to a folder of the same name plus `.search`.
+    policy: a folder that `rapid3rt.calibrate` wrote; None: the bundled one of this model, else a family is searched.
+        Where it was calibrated with these prompts and arguments, its measurements and references are taken over.
+    call: further arguments of the pipeline's call.
+
+    Returns
+    -------
+    The schedule; its provenance holds errors before and after, on pairs that decided and on pairs that did not.
+
+    Raises
+    ------
+    ValueError: wrong arguments, or a folder that holds another search.
+    UnsupportedError, StateError: as `accelerate`.
+    """
+    _check(settings, prompts)
+    restore(accelerate(pipe, "dense"))
+    folder, home = find_policy(policy, pipe), Path(f"{out}.search")
+    arguments = dict(call or {})
+    claim(home, identity(pipe, prompts, asdict(settings), folder, arguments))
+    bench = Bench(
+        pipe,
+        list(prompts),
+        home,
+        settings.steps,
+        0,
+        settings.batch_size,
+        arguments,
+        progress,
+    )
+    if folder is None:
+        family, costs = search_family(bench, _num_seen(prompts)), bench.costs()
+    else:
+        take_over(bench, folder.path)
+        family, costs = folder.family, folder.costs or bench.costs()
+    lattice = _lattice(bench, family, costs, settings)
+    climber, spent, stages = _improve(bench, family, lattice, costs, settings)
+    provenance = {
+        "command": {**asdict(settings), "call": {k: str(v) for k, v in arguments.items()}},
+        "model": bench.model,
+        "prompts": len(prompts),
+        "family": {"order": family.order, "knots": [list(pair) for pair in family.knots]},
+        "costs": {"levels": list(costs.levels), "reuse": costs.reuse},
+        "evaluations": {**spent, "references": REFERENCE_STEPS * len(prompts)},
+        "equivalent_steps": {
+            "family": settings.budget * costs.levels[0],
+            "searched": equivalent_steps(climber.best, costs),
+        },
+        "cost_factor": climber.objective.factor(climber.best),
+        "seen_after": stages,
+        **_compare(bench, family, climber),
+    }
+    plan = lattice.schedule(climber.best, bench.family_name, provenance)
+    save_schedule(plan, out)
+    return plan
+
+
+def _check(settings: Settings, prompts: Sequence[str]) -> None:
+    for name in ("budget", "evaluations", "steps", "batch_size"):
+        check_count(name, getattr(settings, name))
+    if not 2 <= settings.budget <= settings.steps:
+        raise ValueError(
+            f"budget must be 2 to {settings.steps} (the steps of the pipeline), got {settings.budget}"
+        )
+    if isinstance(prompts, str) or len(prompts) < 2:
+        got = repr(prompts) if isinstance(prompts, str) else len(prompts)
+        raise ValueError(f"prompts must be a list of at least 2, since half decide, got {got}")
+
+
+def _num_seen(prompts: Sequence[str]) -> int:
+    return min(MOST_SEEN, len(prompts) // 2)
+
+
+def _lattice(bench: Bench, family: WarpFamily, costs: ActionCosts, settings: Settings) -> Lattice:
+    """Even in the family's own time, each interval of its grid at the budget in equal parts."""
+    intervals = settings.budget * math.ceil(FINENESS / settings.budget)
+
+    def measure() -> list[float]:
+        seen: list[float] = []
+
+        class Probe(Steps):
+            def begin(self, run: Run) -> None:
+                seen.extend(trimmed_sigmas(intervals, run, Warp(family.knots)))
+                super().begin(run)
+
+        with accelerated(bench.pipe, Probe(1, trim=True)):
+            bench.images(bench.steps, pairs=[0])
+        return seen
+
+    levels = [x for x, cost in enumerate(costs.levels) if x > 0 and cost < WORTHWHILE]
+    return Lattice(
+        sigmas=tuple(bench.remember(f"lattice of {intervals}", measure)),
+        budget=settings.budget,
+        max_ticks=settings.steps,
+        levels=tuple(levels) if settings.levels else (),
+        reuse=settings.reuse,
+    )
+
+
+def _rungs(errors: torch.Tensor) -> tuple[list[int], list[int]]:
+    """Few pairs that are as easy and as hard as all of them, and the others. errors: of all pairs that decide."""
+    number, order = min(NUM_FEW, len(errors)), errors.argsort().tolist()
+    few = sorted(order[int((i + 0.5) * len(order) / number)] for i in range(number))
+    return few, [i for i in range(len(errors)) if i not in few]
+
+
+def _improve(
+    bench: Bench, family: WarpFamily, lattice: Lattice, costs: ActionCosts, settings: Settings
+) -> tuple[Climber, dict[str, int], dict[str, float]]:
+    """The search itself; also evaluations by purpose, and the mean squared error of the best plan after each stage."""
+    seen, budget = _num_seen(bench.prompts), settings.budget
+    number, other = min(NUM_FEW, seen), _other_budget(lattice, settings)
+    spent = {
+        "family": budget * seen + other * number,
+        "recording": recording.cost(lattice) * number,
+    }
+    least = sum(spent.values()) + budget * (number * NUM_PROBES + seen)
+    if settings.evaluations < least:
+        raise ValueError(
+            f"evaluations must be at least {least} here (family, recording, probes), got {settings.evaluations}"
+        )
+    errors = bench.family_errors(family, budget)[:seen]
+    few, rest = _rungs(errors)
+    exponent = 0.0
+    if other:
+        there = bench.family_errors(family, other, pairs=few)
+        exponent = _exponent(errors[few], budget, there, other)
+    bar = tqdm(total=settings.evaluations, desc="schedule search", disable=not bench.progress)
+    bar.update(sum(spent.values()))
+    records = recording.record(bench, lattice, few)
+    weights = errors[few].clamp(min=1e-12) ** -0.5
+    weights = weights / weights.mean()
+    objective = Objective(bench, lattice, costs, exponent, few, rest, sum(spent.values()))
+
+    def report(climber: Climber) -> None:
+        bar.update(climber.objective.spent - bar.n)
+        bar.set_postfix(error=f"{climber.seen().mean():.3e}", accepted=climber.accepted)
+
+    climber = Climber(
+        objective=objective,
+        best=lattice.even(),
+        few=errors[few],
+        rest=errors[rest],
+        weights=weights,
+        limit=settings.evaluations,
+        report=report,
+    )
+    model = ErrorModel(LocalErrors(lattice, records, weights), costs)
+    stages = {"family": float(climber.seen().mean())}
+    stage = partial(_stage, climber, spent, stages)
+    stage("probes", partial(probe, climber, settings.seed, NUM_PROBES))
+    stage("dynamic programming", partial(descend, climber, model))
+    stage("climbing", partial(climb, climber, model, settings.seed))
+    bar.close()
+    return climber, spent, stages
+
+
+def _stage(
+    climber: Climber,
+    spent: dict[str, int],
+    stages: dict[str, float],
+    name: str,
+    work: Callable[[], None],
+) -> None:
+    before = climber.objective.spent
+    work()
+    spent[name] = climber.objective.spent - before
+    stages[name] = float(climber.seen().mean())
+
+
+def _other_budget(lattice: Lattice, settings: Settings) -> int:
+    """Evaluations at which the family is measured too, for what a cheaper plan is worth; 0: none can be cheaper."""
+    if not (lattice.levels or lattice.reuse):
+        return 0
+    return settings.budget + 2 if settings.budget + 2 <= settings.steps else settings.budget - 1
+
+
+def _exponent(here: torch.Tensor, k: int, there: torch.Tensor, other: int) -> float:
+    """p of an error k^-p, from the mean root errors of the same pairs at two k; from 0 to 4."""
+    ratio = float(here.sqrt().mean().clamp(min=1e-9) / there.sqrt().mean().clamp(min=1e-9))
+    return min(max(2 * math.log(ratio) / math.log(other / k), 0.0), 4.0)
+
+
+def _compare(bench: Bench, family: WarpFamily, climber: Climber) -> dict[str, Any]:
+    """The family and the schedule on pairs that decided and on those that did not."""
+    seen, lattice = _num_seen(bench.prompts), climber.lattice
+    before = bench.family_errors(family, lattice.budget)
+    order = [*climber.objective.few, *climber.objective.rest]
+    unseen = range(seen, len(bench.prompts))
+    spent = climber.objective.spent
+    after = climber.objective.errors(climber.best, unseen)
+    climber.objective.spent = spent
+    return {
+        "seen": _change(climber.seen(), before[order]),
+        "unseen": _change(after, before[list(unseen)]),
+    }
+
+
+def _change(after: torch.Tensor, before: torch.Tensor) -> dict[str, Any]:
+    """Mean squared and mean root errors of the same pairs, their relative change, and its 95 % bootstrap interval."""
+    picks, found = redraws(len(after)), dict[str, Any](pairs=len(after))
+    for name, new, old in (
+        ("mean_squared", after, before),
+        ("mean_root", after.sqrt(), before.sqrt()),
+    ):
+        drawn = (new[picks].mean(1) / old[picks].mean(1) - 1).quantile(
+            torch.tensor([0.025, 0.975], dtype=torch.float64)
+        )
+        found[name] = {
+            "family": float(old.mean()),
+            "searched": float(new.mean()),
+            "change": float(new.mean() / old.mean() - 1),
+            "interval": drawn.tolist(),
+        }
+    return found
