@@ -48,6 +48,8 @@ def find_policy(policy: str | Path | None, pipe: Any) -> Start | None:
     content = PolicyFolder.load(path)
     if content.model != model:
         raise ValueError(f"policy must be calibrated for {model}, got one for {content.model}")
+    if content.schedule is None:
+        raise ValueError(f"policy must hold a searched family, got heads alone in {str(path)!r}")
     costs = content.costs if content.costs.measured else None
     return Start(path=path, family=content.schedule, costs=costs)
 

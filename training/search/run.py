@@ -18,9 +18,10 @@ import torch
 from tqdm import tqdm
 
 from rapid3rt.calibrate.measure import REFERENCE_STEPS, Bench, accelerated
+from rapid3rt.errors import check_count
 from rapid3rt.pipeline import accelerate, restore
 from rapid3rt.policies import FixedPlan, Steps, WarpFamily, save_schedule
-from rapid3rt.policies.base import Warp, check_count, trimmed_sigmas
+from rapid3rt.policies.base import Warp, trimmed_sigmas
 from rapid3rt.types import ActionCosts, Run
 from training.search import recording
 from training.search.climb import Climber, Objective, climb, descend, probe, redraws
