@@ -54,7 +54,9 @@ DIAL = Recipe(
     validation_pairs=3,
     checkpoint_every=1,
 )
-PAPER = replace(as_paper(DIAL), quality=(("ssim", 1.0),), omega=0.0)
+PAPER = replace(
+    as_paper(replace(DIAL, resolution=64)), quality=(("ssim", 1.0),), omega=0.0, resolution=32
+)
 
 
 @cache

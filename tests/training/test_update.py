@@ -61,9 +61,7 @@ def surrogate_gradient(walk, batch, recipe, bonus=0.0):
             total = total + each.loss
         total = total - bonus * entropy.mean()
     if recipe.ratio == "trajectory":
-        total = (
-            total + loss.clipped_surrogate(*sums, batch.advantage, batch.weight, **clip).loss
-        )
+        total = total + loss.clipped_surrogate(*sums, batch.advantage, batch.weight, **clip).loss
     total.backward()
     return torch.cat(
         [p.grad.flatten() for n in heads.config.sampled for p in heads.by_name[n].parameters()]
@@ -109,7 +107,9 @@ def test_slices_do_not_change_the_gradient(walk, ranks, micro_batch):
     _, _, whole = run(walk, ranks)
     _, metrics, sliced = run(walk, ranks, micro_batch=micro_batch)
     torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-6 * max(1, float(whole.norm())))
-    assert float((sliced - whole).norm() / whole.norm()) < 1e-5  # a slice of one row rounds its own way
+    assert (
+        float((sliced - whole).norm() / whole.norm()) < 1e-5
+    )  # a slice of one row rounds its own way
     assert metrics["policy/first_ratio_error"] == 0.0
 
 
@@ -225,7 +225,7 @@ def divergence(walk, heads):
 
 def test_the_pull_to_the_prior_is_the_gradient_of_the_divergence(walk, ranks):
     """Samples are of the present policy, so d = prior - present: its mean is KL(present || prior)."""
-    heads, metrics, gradient = run(walk, ranks, silent(walk), coefficient=0.0, prior_kl=0.25)
+    heads, _, gradient = run(walk, ranks, silent(walk), coefficient=0.0, prior_kl=0.25)
     probe = copy.deepcopy(walk.heads)
     total = torch.zeros(())
     for decisions in walk.rollout.decisions.values():
