@@ -301,13 +301,16 @@ class Trainer:
         if self.discriminator is None:
             return {}
         whole = rollout.error.isfinite()
-        pairs = torch.tensor([group.pair for group in rollout.groups], dtype=torch.int64)
-        full = self.subject.training.full()[pairs[:, None].expand_as(whole)[whole]]
-        self.discriminator.add(
-            self.ranks.gather(self.discriminator.encode(_shown(rollout.images[whole]))),
-            self.ranks.gather(self.discriminator.encode(_shown(full))),
-            self.ranks.gather(rollout.nfe[whole]),
+        numbers = torch.tensor([(g.pair, g.number) for g in rollout.groups], dtype=torch.int64)
+        pair, number = numbers.view(-1, 1, 2).expand(*whole.shape, 2)[whole].unbind(1)
+        rows = (
+            self.discriminator.encode(_shown(rollout.images[whole])),
+            self.discriminator.encode(_shown(self.subject.training.full()[pair])),
+            rollout.nfe[whole],
         )
+        # By number, however groups were dealt: what is drawn from the buffer depends on places in it.
+        order = self.ranks.gather(number).argsort(stable=True)
+        self.discriminator.add(*(self.ranks.gather(x)[order] for x in rows))
         return {f"discriminator/{k}": v for k, v in self.discriminator.update().items()}
 
     # Tell ------------------------------------------------------------------------------------------------------------

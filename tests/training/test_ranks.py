@@ -95,6 +95,10 @@ def test_two_ranks_end_like_one(one: Path, two: Path, name: str) -> None:
     for key, expected in alone.items():
         assert torch.equal(first[key], second[key]), key
         torch.testing.assert_close(first[key], expected, rtol=0, atol=1e-6, msg=key)
+    moved = max(
+        float((alone[key] - alone[f"first {key}"]).abs().max()) for key in alone if key[:5] != "first"
+    )
+    assert moved > 1e-4
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -110,16 +114,16 @@ def test_all_ranks_tell_the_same(one: Path, two: Path, name: str) -> None:
             same = value == other[key] or (math.isnan(value) and math.isnan(other[key]))
             assert same, key
             if key != "policy/first_ratio_error":
-                assert value == pytest.approx(expected[key], rel=2e-3, abs=2e-5, nan_ok=True), key
+                assert value == pytest.approx(expected[key], rel=0.05, abs=1e-3, nan_ok=True), key
     assert first["difficulty"] == second["difficulty"]
     assert sorted(first["difficulty"]) == sorted(alone["difficulty"])
 
 
-@pytest.mark.parametrize("name", ["even", "adversarial"])
-def test_every_batch_of_a_bank_is_made_by_one_rank(one: Path, two: Path, name: str) -> None:
-    shares = [told(two, name, rank)["made"] for rank in (0, 1)]
+def test_every_batch_of_a_bank_is_made_once_and_by_one_rank(one: Path, two: Path) -> None:
+    shares = [told(two, "even", rank)["made"] for rank in (0, 1)]
     assert all(shares)
-    assert sorted(shares[0] + shares[1]) == sorted(told(one, name, 0)["made"])
+    assert sorted(shares[0] + shares[1]) == sorted(told(one, "even", 0)["made"])
+    assert told(two, "uneven", 0)["made"] == told(two, "uneven", 1)["made"] == []
 
 
 def test_the_scenarios_are_what_they_say(two: Path) -> None:
