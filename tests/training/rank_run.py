@@ -91,7 +91,9 @@ def run(name: str, change: dict[str, Any], folder: Path, ranks: Ranks) -> dict[s
     finally:
         Bank._make = original  # type: ignore[method-assign]
     tensors = {name: p.detach().clone() for name, p in heads.named_parameters()}
-    first = {f"first {n}": p for n, p in small_world.make_trained(recipe, subject).named_parameters()}
+    first = {
+        f"first {n}": p for n, p in small_world.make_trained(recipe, subject).named_parameters()
+    }
     tensors |= {name: p.detach().clone() for name, p in first.items()}
     save_file(tensors, folder / f"{name}-{ranks.index}.safetensors")
     return {"metrics": metrics, "made": made, "difficulty": trainer.difficulty}

@@ -96,7 +96,9 @@ def test_two_ranks_end_like_one(one: Path, two: Path, name: str) -> None:
         assert torch.equal(first[key], second[key]), key
         torch.testing.assert_close(first[key], expected, rtol=0, atol=1e-6, msg=key)
     moved = max(
-        float((alone[key] - alone[f"first {key}"]).abs().max()) for key in alone if key[:5] != "first"
+        float((alone[key] - alone[f"first {key}"]).abs().max())
+        for key in alone
+        if key[:5] != "first"
     )
     assert moved > 1e-4
 
