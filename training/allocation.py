@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from rapid3rt.policies.allocation import limits
 from rapid3rt.policies.fixed import Steps
 from rapid3rt.policies.heads import AllocationHead
-from rapid3rt.policies.schedule import ScheduleFamily, WarpFamily
+from rapid3rt.policies.schedule import WarpFamily
 from rapid3rt.types import DenoiseState, StepDecision
-from training.bank import Bank, accelerated
+from training.bank import Bank, accelerated, beside
 
 TABLE = (4, 5, 6, 8, 10, 12, 14, 17)
 """Numbers of evaluations that errors are tabulated at."""
@@ -58,7 +58,7 @@ class Pairs:
 def read_pairs(bank: Bank, family: WarpFamily) -> Pairs:
     """Measure what is needed, from the bank's folder where it was measured before."""
     ks = tuple(k for k in TABLE if k <= bank.steps)
-    errors = [bank.table("family", lambda: ScheduleFamily(family), budget=k).error for k in ks]
+    errors = [bank.searched(family, k).error for k in ks]
     return Pairs(
         conditioning=read_conditioning(bank), ks=ks, errors=torch.stack(errors, 1).double()
     )
@@ -80,14 +80,14 @@ class _Witness(Steps):
 def read_conditioning(bank: Bank) -> torch.Tensor:
     """The modulation embedding of every pair at the first tick, float32 `[n, D]`, rounded as heads read it."""
     path = bank.folder / "conditioning.safetensors"
-    if not path.exists():
+    if bank.is_main and not path.exists():
         witness = _Witness()
         for start in range(0, len(bank), bank.batch_size):
             with accelerated(bank.pipe, witness):
                 bank.images(range(start, min(start + bank.batch_size, len(bank))))
-        scratch = path.with_suffix(".tmp")
-        save_file({"conditioning": torch.cat(witness.seen)}, scratch)
-        scratch.replace(path)
+        with beside(path) as scratch:
+            save_file({"conditioning": torch.cat(witness.seen)}, scratch)
+    bank.wait()
     seen: torch.Tensor = load_file(path)["conditioning"]
     return seen
 

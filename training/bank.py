@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import rapid3rt
+from rapid3rt.policies.schedule import ScheduleFamily, WarpFamily
 from training.ranks import Ranks
 from training.seeds import seed_of
 
@@ -83,17 +85,24 @@ class Bank:
         if not self.prompts:
             raise ValueError("prompts must hold at least one prompt, got none")
         self.folder = Path(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self.ranks is None or self.ranks.is_main:
+        if self.ranks is None:
             self._claim()
-        self._wait()
+        else:
+            self.ranks.main_first(self._claim)
 
-    def _wait(self) -> None:
+    @property
+    def is_main(self) -> bool:
+        """Whether this process makes what one process has to make."""
+        return self.ranks is None or self.ranks.is_main
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
         if self.ranks is not None:
             self.ranks.wait()
 
     def _claim(self) -> None:
         """Write what the folder is of, or compare with what it says."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         described = {
             "weights": fingerprint(self.pipe.transformer),
             "scheduler": json.loads(json.dumps(dict(self.pipe.scheduler.config), default=str)),
@@ -113,9 +122,8 @@ class Bank:
                     f"{', another '.join(differing)}"
                 )
             return
-        scratch = path.with_suffix(".tmp")
-        scratch.write_text(json.dumps(described, indent=1) + "\n")
-        scratch.replace(path)
+        with beside(path) as scratch:
+            scratch.write_text(json.dumps(described, indent=1) + "\n")
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -142,20 +150,26 @@ class Bank:
             )
         return self._tables[name]
 
+    def searched(self, family: WarpFamily, evaluations: int) -> Table:
+        """Of a searched family, so many evaluations for every image. Another family has another table."""
+        what = (family.family, family.num_ticks, family.shift, family.order, family.knots)
+        name = f"family {hashlib.sha256(repr(what).encode()).hexdigest()[:8]}"
+        return self.table(name, lambda: ScheduleFamily(family), budget=evaluations)
+
     def run(self, name: str, way: Callable[[], Any], *, steps: int | None = None) -> Outcome:
         """What a way makes of all pairs, from the folder where it was run before."""
         if name in self._known:
             return self._known[name]
         starts = range(0, len(self.prompts), self.batch_size)
         paths = [self.folder / f"{_plain_name(name)}-{start}.safetensors" for start in starts]
-        missing = [(s, p) for s, p in zip(starts, paths, strict=True) if not p.exists()]
-        own = missing if self.ranks is None else self.ranks.share(missing)
-        self._wait()  # before anybody writes what others still look for
+        # Dealt before anybody looks: another run may be filling this folder too.
+        batches = list(zip(starts, paths, strict=True))
+        dealt = batches if self.ranks is None else self.ranks.share(batches)
+        own = [(start, path) for start, path in dealt if not path.exists()]
         for start, path in tqdm(own, desc=name, disable=not self.progress or not own, leave=False):
-            scratch = path.with_suffix(".tmp")
-            save_file(self._make(start, steps or self.steps, way), scratch)
-            scratch.replace(path)
-        self._wait()
+            with beside(path) as scratch:
+                save_file(self._make(start, steps or self.steps, way), scratch)
+        self.wait()
         parts = [load_file(path) for path in paths]
         joined = {key: torch.cat([part[key] for part in parts]).float() for key in parts[0]}
         self._known[name] = Outcome(**joined)
@@ -195,6 +209,17 @@ class Bank:
     def noise(self, pair: int) -> torch.Generator:
         """The generator of a pair's initial noise."""
         return torch.Generator().manual_seed(seed_of(self.seed, pair, "noise"))
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """Where to write what becomes `path` in one go, or not at all; another process that writes the same has its own."""
+    scratch = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+    try:
+        yield scratch
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def fingerprint(model: torch.nn.Module) -> str:

@@ -54,5 +54,5 @@ def _lessons(
         policy = LearnedPolicy(heads, None, order=order, record=recorder.record, teacher=teacher)
         with accelerated(bank.pipe, policy):
             bank.images(pairs)
-        parts += recorder.decisions
+        parts += recorder.decisions()
     return join(parts)

@@ -4,10 +4,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from training.rewards import known_rewards, nearest
+
 HEAD_NAMES = ("cache", "sparse", "allocation", "step")
+LEAST_PAIRS = 24
+"""Of a bank that an allocation is fitted to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,27 +101,47 @@ class Recipe:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        for name in _POSITIVE:
+        for name in (*_POSITIVE, *_NOT_NEGATIVE):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a number above 0, got {value!r}")
-        if self.members < 2:
-            raise ValueError(
-                f"members must be at least 2, a group of one says nothing, got {self.members}"
-            )
-        unknown = [head for head in self.heads if head not in HEAD_NAMES]
-        if unknown or not self.heads:
-            raise ValueError(f"heads must be some of {', '.join(HEAD_NAMES)}, got {self.heads}")
-        if not all(1 <= dial <= self.num_inference_steps for dial in self.dials) or not self.dials:
-            raise ValueError(
-                f"dials must be 1 to num_inference_steps ({self.num_inference_steps}), got {self.dials}"
-            )
-        if tuple(sorted(set(self.dials))) != tuple(self.dials):
-            raise ValueError(f"dials must rise, each once, got {self.dials}")
-        if not 0 < self.discount <= 1:
-            raise ValueError(f"discount must be above 0 and at most 1, got {self.discount}")
-        if self.reward == "paper" and not self.quality and self.omega == 0:
-            raise ValueError("quality must name a reward where omega is 0, got none")
+            sign = "above 0" if name in _POSITIVE else "of at least 0"
+            if not math.isfinite(value) or value < 0 or (value == 0 and name in _POSITIVE):
+                raise ValueError(f"{name} must be a number {sign}, got {value!r}")
+        for name, accepted, requirement in (*self._of_heads(), *self._of_rewards()):
+            if not accepted:
+                raise ValueError(f"{name} must {requirement}, got {getattr(self, name)!r}")
+
+    def _of_heads(self) -> Iterator[tuple[str, bool, str]]:
+        heads, dials, steps = self.heads, self.dials, self.num_inference_steps
+        known = bool(heads) and set(heads) <= set(HEAD_NAMES) and len(set(heads)) == len(heads)
+        yield "heads", known, f"be some of {', '.join(HEAD_NAMES)}, each once"
+        stretched = self.prior or "allocation" not in heads
+        yield "heads", stretched, "not hold 'allocation' without a prior, whose plan it stretches"
+        few = "allocation" in heads and self.pairs < LEAST_PAIRS
+        yield "pairs", not few, f"be at least {LEAST_PAIRS} to fit an allocation"
+        yield "members", self.members > 1, "be at least 2, a group of one says nothing"
+        within = all(1 <= dial <= steps for dial in dials)
+        yield "dials", within, f"be 1 to num_inference_steps ({steps})"
+        rising = len(dials) > 1 and tuple(sorted(set(dials))) == tuple(dials)
+        yield "dials", rising, "be at least two and rise"
+        yield "choice_entropy", self.choice_entropy <= 1, "be a share, at most 1"
+
+    def _of_rewards(self) -> Iterator[tuple[str, bool, str]]:
+        yield "discount", self.discount <= 1, "be at most 1"
+        if self.reward == "fidelity":
+            yield "prior", self.prior, "be True with the reward fidelity, which is measured by it"
+            steps = self.num_inference_steps
+            yield "num_inference_steps", steps > 4, "be at least 5 with the reward fidelity"
+            return
+        names = [name for name, _ in self.quality]
+        yield "quality", bool(names) or self.omega > 0, "name a reward where omega is 0"
+        yield "quality", len(set(names)) == len(names), "name every reward once"
+        near = ", ".join(nearest(next((n for n in names if n not in known_rewards()), "")))
+        yield "quality", set(names) <= set(known_rewards()), f"be some of {near}"
+        weighed = all(math.isfinite(weight) and weight for _, weight in self.quality)
+        yield "quality", weighed, "have weights that are finite and not 0"
+        if "scene" in names:
+            yield "prompts", self.prompts == "scenes", "be 'scenes' for the reward scene"
+            yield "resolution", self.resolution in (None, 64), "be 64 for the reward scene"
 
 
 _COUNTS = (
@@ -134,7 +159,23 @@ _COUNTS = (
     "validation_pairs",
     "head_width",
 )
-_POSITIVE = ("learning_rate", "gradient_norm", "clip_low", "clip_high", "kl_stop", "failure")
+_POSITIVE = (
+    "learning_rate",
+    "gradient_norm",
+    "clip_low",
+    "clip_high",
+    "kl_stop",
+    "failure",
+    "discount",
+)
+_NOT_NEGATIVE = (
+    "omega",
+    "prior_kl",
+    "step_entropy",
+    "choice_entropy",
+    "guidance_scale",
+    "warm_start",
+)
 
 
 def as_json(recipe: Recipe) -> dict[str, object]:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from rapid3rt.policies.learned import Heads
-from rapid3rt.policies.schedule import ScheduleFamily
 from training import loss
 from training.allocation import TABLE
 from training.checkpoint import State, load_optimiser_state, optimiser_state
@@ -28,6 +27,7 @@ from training.ranks import Ranks
 from training.rewards import Samples, WeightedSum
 from training.rollout import Group, Rollout, Rollouts
 from training.seeds import seed_of
+from training.shift import shifts
 from training.subject import Subject
 from training.update import Batch, update
 
@@ -83,9 +83,13 @@ class Trainer:
         trained = [p for name in heads.config.sampled for p in heads.by_name[name].parameters()]
         self.optimiser = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=0.0)
         self.running = Running(entropy=dict.fromkeys(heads.config.sampled, _FIRST_COEFFICIENT))
+        self.hardness: torch.Tensor | None = None
+        """How far a pair's log error lies above the mean, of the searched family; None where it is not tabulated."""
         self.errors = self._read_errors()
         self.rollout: Rollout | None = None
         """Of the last iteration, for pictures."""
+        self.difficulty: list[tuple[float, float, float]] = []
+        """Of the groups of the last iteration, over all ranks: hardness of the pair, mean NFE, dial."""
 
     def iterate(self, iteration: int) -> dict[str, float]:
         """One iteration, numbered from 0. Returns metrics of all ranks."""
@@ -117,6 +121,8 @@ class Trainer:
         with _timed(clock, "discriminator"):
             metrics |= self._teach(rollout)
         metrics |= self._summary(rollout, rewards, terms, dead)
+        metrics |= shifts(self.heads, rollout.decisions, self.recipe.micro_batch, self.ranks)
+        self.difficulty = self._read_difficulty(rollout)
         return metrics | {f"time/{phase}": seconds for phase, seconds in clock.items()}
 
     # Draw ------------------------------------------------------------------------------------------------------------
@@ -160,13 +166,20 @@ class Trainer:
                 omega=0.0,
             )
         if self.discriminator is not None:
-            realism = self.discriminator.reward(_shown(rollout.images.flatten(0, 1)))
-            terms["realism"] = realism.view_as(rewards)
+            terms["realism"] = self._realism(rollout)
             weight = torch.ones_like(rewards)
             if self.recipe.reward == "paper":
                 weight = loss.compute_discount(rollout.steps, self.recipe.discount)
             rewards = rewards + weight * self.recipe.omega * terms["realism"]
         return rewards.float(), terms
+
+    def _realism(self, rollout: Rollout) -> torch.Tensor:
+        """d of every member `[P, G]`, NaN where its image has a pixel that is no number."""
+        assert self.discriminator is not None
+        whole = rollout.error.isfinite()
+        realism = torch.full_like(rollout.error, math.nan)
+        realism[whole] = self.discriminator.reward(_shown(rollout.images[whole]))
+        return realism
 
     def _quality(self, rollout: Rollout) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         shape = rollout.error.shape
@@ -179,7 +192,7 @@ class Trainer:
             images=_shown(rollout.images.flatten(0, 1)),
             prompts=[bank.prompts[pair] for pair in pairs],
             scenes=None if scenes is None else [scenes[pair] for pair in pairs],
-            converged=_shown(bank.converged()[pairs]) if self.recipe.prior else None,
+            converged=_shown(bank.converged()[pairs]),
         )
         terms = self.quality.terms(samples)
         total = self.quality.combine(terms)
@@ -191,15 +204,13 @@ class Trainer:
         if recipe.reward != "fidelity" or family is None:
             return {}
         ks = [k for k in TABLE if k <= recipe.num_inference_steps]
-        tables = [
-            self.subject.training.table("family", lambda: ScheduleFamily(family), budget=k)
-            for k in ks
-        ]
-        logs = torch.stack([table.error.mean() for table in tables]).log().tolist()
-        errors = {}
+        table = torch.stack([self.subject.training.searched(family, k).error for k in ks], 1)
+        logs = table.clamp(min=1e-9).log()
+        self.hardness = (logs - logs.mean(0)).mean(1)
+        means, errors = table.mean(0).log().tolist(), {}
         for dial in recipe.dials:
-            errors[_name(dial)] = math.exp(_between(dial, ks, logs))
-            slope = _between(dial * 0.95, ks, logs) - _between(dial * 1.05, ks, logs)
+            errors[_name(dial)] = math.exp(_between(dial, ks, means))
+            slope = _between(dial * 0.95, ks, means) - _between(dial * 1.05, ks, means)
             price = slope / (math.log(1.05) - math.log(0.95))
             self.running.price[_name(dial)] = min(max(price, 0.0), 8.0)
             self.running.mean_steps[_name(dial)] = dial
@@ -250,15 +261,22 @@ class Trainer:
             )
             out |= {
                 f"entropy/{name}_floor": floor,
-                f"entropy/{name}_coefficient": self.running.entropy[name],
+                f"entropy_coefficient/{name}": self.running.entropy[name],
             }
         for key in self.running.price:
             mine = torch.tensor([_name(group.dial) == key for group in groups], dtype=torch.bool)
-            steps = rollout.steps[mine]
-            sums = self.ranks.sum({"steps": float(steps.sum()), "count": float(steps.numel())})
+            steps, nfe = rollout.steps[mine], rollout.nfe[mine]
+            sums = self.ranks.sum(
+                {
+                    "steps": float(steps.sum()),
+                    "nfe": float(nfe.sum()),
+                    "count": float(steps.numel()),
+                }
+            )
             if not sums["count"]:
                 continue
             mean = sums["steps"] / sums["count"]
+            out[f"cost/nfe@{key}"] = sums["nfe"] / sums["count"]
             self.running.mean_steps[key] = _SLOW * self.running.mean_steps[key] + (1 - _SLOW) * mean
             dial = float(key)
             self.running.price[key] = loss.adapt_price(
@@ -270,7 +288,7 @@ class Trainer:
     def _floor(self, name: str, metrics: Mapping[str, float], progress: float) -> float:
         """Least entropy of a head, in nat."""
         if name == "step":
-            return metrics.get("entropy_untrained/step", 0.0) - self.recipe.step_entropy
+            return metrics.get("entropy/step_prior", 0.0) - self.recipe.step_entropy
         late = max(0.0, (progress - _LAST_THIRD) / (1 - _LAST_THIRD))
         share = self.recipe.choice_entropy
         share += late * (min(_LATE_CHOICE_ENTROPY, share) - share)
@@ -282,15 +300,17 @@ class Trainer:
         """Show the discriminator this iteration's images beside what the plain pipeline makes of the same noise."""
         if self.discriminator is None:
             return {}
-        members = rollout.error.shape[1]
-        pairs = [group.pair for group in rollout.groups for _ in range(members)]
-        fake = self.discriminator.encode(_shown(rollout.images.flatten(0, 1)))
-        real = self.discriminator.encode(_shown(self.subject.training.full()[pairs]))
-        self.discriminator.add(
-            self.ranks.gather(fake),
-            self.ranks.gather(real),
-            self.ranks.gather(rollout.nfe.flatten()),
+        whole = rollout.error.isfinite()
+        numbers = torch.tensor([(g.pair, g.number) for g in rollout.groups], dtype=torch.int64)
+        pair, number = numbers.view(-1, 1, 2).expand(*whole.shape, 2)[whole].unbind(1)
+        rows = (
+            self.discriminator.encode(_shown(rollout.images[whole])),
+            self.discriminator.encode(_shown(self.subject.training.full()[pair])),
+            rollout.nfe[whole],
         )
+        # By number, however groups were dealt: what is drawn from the buffer depends on places in it.
+        order = self.ranks.gather(number).argsort(stable=True)
+        self.discriminator.add(*(self.ranks.gather(x)[order] for x in rows))
         return {f"discriminator/{k}": v for k, v in self.discriminator.update().items()}
 
     # Tell ------------------------------------------------------------------------------------------------------------
@@ -305,7 +325,7 @@ class Trainer:
         columns = {
             "reward/total": rewards,
             **{f"reward/{name}": term for name, term in terms.items()},
-            "quality/m": rollout.error,
+            "rollout/m": rollout.error,
             "cost/E": rollout.steps,
             "cost/nfe": rollout.nfe,
         }
@@ -325,6 +345,16 @@ class Trainer:
             "policy/dead_groups": totals["dead"] / totals["groups"],
             "policy/missing_members": totals["missing"],
         }
+
+    def _read_difficulty(self, rollout: Rollout) -> list[tuple[float, float, float]]:
+        if self.hardness is None:
+            return []
+        rows = [
+            (float(self.hardness[group.pair]), float(nfe.mean()), float(group.dial or 0))
+            for group, nfe in zip(rollout.groups, rollout.nfe, strict=True)
+        ]
+        table = torch.tensor(rows, dtype=torch.float64).view(len(rows), 3)
+        return [(row[0], row[1], row[2]) for row in self.ranks.gather(table).tolist()]
 
     # Keep ------------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ what depends on data.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -88,6 +88,23 @@ class Ranks:
             raise ValueError(
                 f"{what} must be the same on all ranks, got another one on rank {odd[0]} than on rank 0"
             )
+
+    def main_first(self, do: Callable[[], T]) -> T:
+        """Call on the main rank, then on all others. What it raises is raised when no rank waits for this one any more.
+
+        do: must not reduce. It must raise on all ranks or on none, as what looks at the same files does.
+        """
+        failure: Exception | None = None
+        for turn in (True, False):
+            if self.is_main == turn:
+                try:
+                    result = do()
+                except Exception as error:
+                    failure = error
+            self.wait()
+        if failure is not None:
+            raise failure
+        return result
 
     def wait(self) -> None:
         """Until all ranks are here."""

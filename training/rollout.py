@@ -72,8 +72,9 @@ class Rollouts:
 
     def collect(self, groups: Sequence[Group], members: int, *, sample: bool = True) -> Rollout:
         """Run all groups, so many members each. sample False: every decision at its mode, as users are served."""
+        converged = self.bank.converged()
         total = len(groups) * members
-        images: list[torch.Tensor | None] = [None] * total
+        images = torch.zeros(total, *converged.shape[1:])
         steps, nfe = torch.zeros(total), torch.zeros(total)
         parts: list[Decisions] = []
         for call in self._calls(groups, members):
@@ -84,10 +85,10 @@ class Rollouts:
                 nfe[member] = reports[place].nfe
                 steps[member] = reports[place].equivalent_steps
             if recorder is not None:
-                parts += recorder.decisions
+                parts += recorder.decisions()
         shape = (len(groups), members)
-        whole = torch.stack([x for x in images if x is not None]).unflatten(0, shape)
-        target = self.bank.converged()[[group.pair for group in groups]]
+        whole = images.view(*shape, *images.shape[1:])
+        target = converged[[group.pair for group in groups]]
         return Rollout(
             groups=tuple(groups),
             images=whole,

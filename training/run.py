@@ -17,12 +17,13 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 
 from rapid3rt.policies.folder import PolicyFolder
 from rapid3rt.policies.heads import AllocationHead
@@ -39,13 +40,16 @@ from training.logs import Logs
 from training.pictures import Row, Sample
 from training.ranks import Ranks
 from training.recipes import RECIPES
-from training.rewards import WeightedSum
+from training.rewards import WeightedSum, make_reward
 from training.seeds import seed_of
 from training.subject import Subject, load_subject
 from training.validation import FURTHER_DIALS, Validation, rising
 
 _FREE = ("iterations", "checkpoint_every", "keep_checkpoints", "evaluate_every", "rollout_batch")
 """Fields that a run may change when it goes on."""
+_REWARD_OPTIONS = {"scene": {"continuous": True}}
+_PATIENCE = timedelta(hours=2)
+"""Of ranks for each other: while one loads a model, or a server scores."""
 _SHOWN = 4
 
 
@@ -77,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     try:
         train(command)
-    except ValueError as error:
+    except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"training.run: {error}") from None
 
 
@@ -101,10 +105,11 @@ def parse(arguments: Sequence[str]) -> Command:
 
 def train(command: Command) -> Path:
     """Run a recipe to its end; returns the policy folder."""
-    recipe, accelerator = command.recipe, Accelerator()
-    ranks = Ranks(accelerator)
+    recipe, patience = command.recipe, InitProcessGroupKwargs(timeout=_PATIENCE)
+    ranks = Ranks(Accelerator(kwargs_handlers=[patience]))
     ranks.require_equal("recipe", json.dumps(as_json(recipe)))
-    checkpoints = _open_checkpoints(command, ranks)
+    checkpoints = ranks.main_first(lambda: _open_checkpoints(command))
+    quality = _make_quality(recipe)
     subject = load_subject(recipe, command.banks / recipe.model.replace("/", "--"), ranks)
     heads = make_heads(recipe, subject).to(ranks.device)
     trainer = None
@@ -114,7 +119,7 @@ def train(command: Command) -> Path:
             subject,
             heads,
             ranks,
-            quality=WeightedSum(dict(recipe.quality)) if recipe.reward == "paper" else None,
+            quality=quality,
             discriminator=_make_discriminator(recipe, subject),
         )
     family = subject.searched.schedule
@@ -178,6 +183,7 @@ def _iterate(
             judged, score = validation.judge(validation.measure(heads, dials_of(recipe)))
             metrics |= judged
         logs.row(done, metrics)
+        logs.difficulty(done, trainer.difficulty)
         _tell(logs, trainer, done, score is not None)
         if done % recipe.checkpoint_every == 0 or score is not None:
             keep(done, score)
@@ -221,16 +227,24 @@ def _make_discriminator(recipe: Recipe, subject: Subject) -> Discriminator | Non
     return Discriminator(vae_features(subject.pipe), DiscriminatorConfig(), seed=seed)
 
 
-def _open_checkpoints(command: Command, ranks: Ranks) -> Checkpoints:
+def _make_quality(recipe: Recipe) -> WeightedSum | None:
+    """The rewards q of the paper's form, the scene score in the form to train on."""
+    if recipe.reward != "paper" or not recipe.quality:
+        return None
+    return WeightedSum(
+        {
+            make_reward(name, **_REWARD_OPTIONS.get(name, {})): weight
+            for name, weight in recipe.quality
+        }
+    )
+
+
+def _open_checkpoints(command: Command) -> Checkpoints:
     """The run's checkpoints. Raises `ValueError` where they are of another recipe, or there although none may be."""
     recipe = {name: x for name, x in as_json(command.recipe).items() if name not in _FREE}
-    folder, checkpoints = command.out / "checkpoints", None
-    for turn in (True, False):  # the main rank cleans up before others look
-        if ranks.is_main == turn:
-            keep = command.recipe.keep_checkpoints
-            checkpoints = Checkpoints(folder, fingerprint=recipe, keep_last=keep)
-        ranks.wait()
-    assert checkpoints is not None
+    checkpoints = Checkpoints(
+        command.out / "checkpoints", fingerprint=recipe, keep_last=command.recipe.keep_checkpoints
+    )
     if command.resume == "never" and checkpoints.latest() is not None:
         raise ValueError(
             f"out must hold no checkpoints with --resume never, got {str(command.out)!r}"
@@ -277,7 +291,9 @@ def _warm_start(heads: Heads, subject: Subject, recipe: Recipe, logs: Logs) -> d
 
 
 def _tell(logs: Logs, trainer: Trainer, iteration: int, with_pictures: bool) -> None:
-    """Pictures of some groups beside what their noise converges to."""
+    """What is wrong with the discriminator; pictures of some groups beside what their noise converges to."""
+    if trainer.discriminator is not None and trainer.discriminator.alarm:
+        logs.say(f"iteration {iteration}: {trainer.discriminator.alarm}")
     rollout = trainer.rollout
     if rollout is None or not with_pictures:
         return

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 import rapid3rt
-from rapid3rt.pipeline import bundled_policy, model_id
+from rapid3rt.pipeline import bundled_policy, find_adapter, model_id
 from rapid3rt.policies.folder import PolicyFolder
 from rapid3rt.tiny.scenes import Scene, sample
 from training.bank import Bank
 from training.config import Recipe
 from training.ranks import Ranks
 
-_TINY = "tiny-"
+_TINY, _BUNDLED = "tiny-", "bundled"
 _SEEDS = {"train": 11, "validation": 5}
 """Of the scenes that a split's pairs are drawn with."""
 
@@ -39,13 +39,18 @@ def load_subject(recipe: Recipe, folder: Path, ranks: Ranks) -> Subject:
 
     Raises ValueError for a model or policy that is not there, and for too few prompts.
     """
+    counts = {"train": recipe.pairs, "validation": recipe.validation_pairs}
+    prompts = {split: load_prompts(recipe, split, count) for split, count in counts.items()}
+    searched = None if recipe.policy == _BUNDLED else PolicyFolder.load(_user_path(recipe.policy))
     pipe = load_pipeline(recipe, ranks.device)
-    searched = PolicyFolder.load(find_policy(recipe, pipe))
+    if searched is None:
+        searched = PolicyFolder.load(find_bundled(recipe, pipe))
+    check_searched(recipe, searched, find_adapter(pipe).family)
     banks = {}
-    for split, count in (("train", recipe.pairs), ("validation", recipe.validation_pairs)):
+    for split, count in counts.items():
         banks[split] = Bank(
             pipe,
-            load_prompts(recipe, split, count),
+            prompts[split],
             folder / f"{split}-{count}",
             seed=_SEEDS[split],
             steps=recipe.num_inference_steps,
@@ -80,16 +85,24 @@ def load_pipeline(recipe: Recipe, device: torch.device) -> Any:
     return pipe
 
 
-def find_policy(recipe: Recipe, pipe: Any) -> Path:
-    """The folder of the searched policy."""
-    if recipe.policy != "bundled":
-        return Path(recipe.policy).expanduser()
+def find_bundled(recipe: Recipe, pipe: Any) -> Path:
+    """The folder of the package's own searched policy."""
     bundled = bundled_policy(model_id(pipe.transformer))
     if bundled is None:
         raise ValueError(
-            f"policy must be a folder of `rapid3rt calibrate`, for none is bundled for {recipe.model}, got 'bundled'"
+            f"policy must be a folder of `rapid3rt calibrate`, for none is bundled for {recipe.model}, got {_BUNDLED!r}"
         )
     return bundled
+
+
+def check_searched(recipe: Recipe, searched: PolicyFolder, family: str) -> None:
+    """Raise ValueError where a policy is of another family, or has no prior to give."""
+    if searched.family != family:
+        raise ValueError(
+            f"policy must be for a {family} model, got one for {searched.family} in {recipe.policy!r}"
+        )
+    if recipe.prior and searched.schedule is None:
+        raise ValueError(f"policy must hold a searched family, got none in {recipe.policy!r}")
 
 
 def call_arguments(recipe: Recipe) -> dict[str, Any]:
@@ -112,7 +125,7 @@ def load_prompts(recipe: Recipe, split: str, count: int) -> list[str]:
     """Prompts of a split: of scenes, or of the file's lines, validation from its end."""
     if recipe.prompts == "scenes":
         return [scene.caption for scene in load_scenes(split, count)]
-    path = Path(recipe.prompts).expanduser()
+    path = _user_path(recipe.prompts)
     if not path.is_file():
         raise ValueError(
             f"prompts must be 'scenes' or a file with one prompt per line, got {recipe.prompts!r}"
@@ -125,3 +138,7 @@ def load_prompts(recipe: Recipe, split: str, count: int) -> list[str]:
             f"prompts must be at least {needed} different lines (pairs + validation_pairs), got {len(lines)} in {path}"
         )
     return lines[:count] if split == "train" else lines[-count:]
+
+
+def _user_path(text: str) -> Path:
+    return Path(text).expanduser()

@@ -54,13 +54,14 @@ class Decisions:
 
     def score(self, heads: Heads) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability and entropy under some heads, in nat, `[N]` each, with gradients."""
-        return heads.evaluate(self._on(heads))
+        return heads.evaluate(self.on(heads))
 
     def score_untrained(self, heads: Heads) -> tuple[torch.Tensor, torch.Tensor]:
         """As `score`, before anything was learned."""
-        return heads.evaluate_untrained(self._on(heads))
+        return heads.evaluate_untrained(self.on(heads))
 
-    def _on(self, heads: Heads) -> Decision:
+    def on(self, heads: Heads) -> Decision:
+        """As heads take them, on their device."""
         device = next(heads.parameters()).device
         tensors = {name: getattr(self, name).to(device) for name in _SEEN}
         live = torch.ones(len(self), dtype=torch.bool, device=device)
@@ -79,25 +80,28 @@ class Recorder:
 
     def __init__(self, heads: Heads, members: Sequence[int]) -> None:
         self._heads, self._members = heads, torch.tensor(members, dtype=torch.int64)
-        self.decisions: list[Decisions] = []
+        self._taken: list[tuple[Decision, torch.Tensor]] = []
 
     def record(self, decision: Decision) -> None:
-        """Keep what is live, with the log-probability that it was taken with."""
-        live = decision.live.cpu()
-        if not bool(live.any()):
-            return
+        """Keep a decision with the log-probability that it was taken with. Reads nothing back from the device."""
         with torch.no_grad():
             log_prob, _ = self._heads.evaluate(decision)
-        tensors = {name: getattr(decision, name).cpu()[live] for name in _SEEN}
-        self.decisions.append(
+        self._taken.append((decision, log_prob))
+
+    def decisions(self) -> list[Decisions]:
+        """What was live, after the run."""
+        kept = ((decision, log_prob, decision.live.cpu()) for decision, log_prob in self._taken)
+        return [
             Decisions(
                 head=decision.head,
                 member=self._members[live],
                 tick=torch.full((int(live.sum()),), decision.tick, dtype=torch.int64),
                 log_prob=log_prob.cpu()[live],
-                **tensors,
+                **{name: getattr(decision, name).cpu()[live] for name in _SEEN},
             )
-        )
+            for decision, log_prob, live in kept
+            if bool(live.any())
+        ]
 
 
 def join(parts: Sequence[Decisions]) -> dict[str, Decisions]:

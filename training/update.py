@@ -24,6 +24,8 @@ from training.trajectory import Decisions
 
 _SAME = 1e-3
 """What a log-probability may differ by between rollout and update, in nat: batches differ, nothing else does."""
+_FIRST = 1e-5
+"""The same between two scorings of one update: nothing differs, so on a CPU it is exactly 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,12 +72,12 @@ def update(
     for epoch in range(recipe.inner_epochs):
         new = {name: _score(heads, d, recipe)[0] for name, d in batch.decisions.items()}
         slopes, sums = _differentiate(heads, batch, new, old, counts, recipe)
-        metrics |= _means(ranks.sum(sums), counts)
+        metrics |= _distances(ranks.sum(sums), counts)
         if epoch == 0:
-            metrics["update/first_ratio_error"] = ranks.max(_ratio_error(new, old))
-        elif max(metrics.get(f"kl/{name}", 0.0) for name in counts) > recipe.kl_stop:
+            metrics["policy/first_ratio_error"] = _require_one(ranks.max(_ratio_error(new, old)))
+        elif metrics["policy/kl"] > recipe.kl_stop:
             break
-        optimiser.zero_grad(set_to_none=False)
+        _clear_gradients(optimiser)
         for part in _losses(heads, batch, slopes, coefficients, counts, recipe):
             part.backward()
         ranks.sum_gradients(heads.parameters())
@@ -83,7 +85,7 @@ def update(
         if not math.isfinite(norm):
             raise RuntimeError(f"gradient norm must be finite, got {norm}")
         optimiser.step()
-        metrics |= {"update/gradient_norm": norm, "update/epochs": epoch + 1.0}
+        metrics |= {"policy/gradient_norm": norm, "policy/epochs": epoch + 1.0}
     return metrics
 
 
@@ -109,9 +111,15 @@ def _require_same(old: Mapping[str, torch.Tensor], decisions: Mapping[str, Decis
 
 
 def _ratio_error(new: Mapping[str, torch.Tensor], old: Mapping[str, torch.Tensor]) -> float:
-    """Largest |ratio - 1|: exactly 0 before the first step."""
+    """Largest |ratio - 1| of any decision."""
     errors = [float(((new[name] - old[name]).exp() - 1).abs().max()) for name in new]
     return max(errors, default=0.0)
+
+
+def _require_one(error: float) -> float:
+    if not error <= _FIRST:
+        raise RuntimeError(f"ratios must be 1 before the first step, got an error of {error:.2g}")
+    return error
 
 
 def _entropies(
@@ -123,18 +131,35 @@ def _entropies(
     ranks: Ranks,
 ) -> dict[str, float]:
     """Mean entropy of every head in nat, now and before training."""
-    sums = {f"{what}/{name}": 0.0 for name in counts for what in ("entropy", "entropy_untrained")}
+    now, before = dict.fromkeys(counts, 0.0), dict.fromkeys(counts, 0.0)
     for name, decisions in batch.decisions.items():
-        sums[f"entropy/{name}"] = float(scored[name][1].sum())
-        untrained = _score(heads, decisions, recipe, untrained=True)[1]
-        sums[f"entropy_untrained/{name}"] = float(untrained.sum())
-    return _means(ranks.sum(sums), counts)
+        now[name] = float(scored[name][1].sum())
+        before[name] = float(_score(heads, decisions, recipe, untrained=True)[1].sum())
+    now, before = (_means(ranks.sum(sums), counts) for sums in (now, before))
+    return {f"entropy/{name}": mean for name, mean in now.items()} | {
+        f"entropy/{name}_prior": mean for name, mean in before.items()
+    }
 
 
 def _means(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
-    """Sums called `what/head` over the head's number of decisions; those of a head without any are left out."""
-    number = {key: counts[key.split("/")[1]] for key in sums}
-    return {key: total / number[key] for key, total in sums.items() if number[key]}
+    """Sums of every head over its number of decisions; a head without any is left out."""
+    return {name: sums[name] / count for name, count in counts.items() if count}
+
+
+def _distances(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
+    """How far the heads have moved: k3 per decision, of the head that moved most and of each, and what was clipped."""
+    kl = _means(sums, counts)
+    return {
+        "policy/kl": max(kl.values(), default=0.0),
+        "policy/clip_fraction": sums["clipped"] / max(sums["weighed"], 1.0),
+    } | {f"policy/kl_{name}": value for name, value in kl.items()}
+
+
+def _clear_gradients(optimiser: torch.optim.Optimizer) -> None:
+    """To zero and not to nothing: a head without decisions, on this rank or at all, must take the same part."""
+    for group in optimiser.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def _differentiate(
@@ -150,28 +175,44 @@ def _differentiate(
     Scoring again with these as constants gives the gradient of the heads: in slices of any size, for one ratio per
     decision as for one per trajectory.
     """
-    clip = {"clip_low": recipe.clip_low, "clip_high": recipe.clip_high}
     leaves = {name: x.clone().requires_grad_() for name, x in new.items()}
-    sums = {f"{what}/{name}": 0.0 for name in counts for what in ("clipped", "kl")}
+    sums = dict.fromkeys([*counts, "clipped", "weighed"], 0.0)
     total = torch.zeros(())
-    if recipe.ratio == "trajectory" and leaves:
-        now, then = batch.per_member(leaves), batch.per_member(old)
-        total = loss.clipped_surrogate(now, then, batch.advantage, batch.weight, **clip).loss
-    for name, leaf in leaves.items():
-        member = batch.decisions[name].member
+    for now, then, member in _ratios(batch, leaves, old, recipe):
         each = loss.clipped_surrogate(
-            leaf, old[name], batch.advantage[member], batch.weight[member], **clip
+            now,
+            then,
+            batch.advantage[member],
+            batch.weight[member],
+            clip_low=recipe.clip_low,
+            clip_high=recipe.clip_high,
         )
-        sums[f"clipped/{name}"] = float(each.clipped) * len(leaf)
-        sums[f"kl/{name}"] = float(loss.k3(new[name], old[name]).sum())
-        if recipe.ratio == "decision":
-            total = total + each.loss
+        weighed = float((batch.weight[member] > 0).sum())
+        sums["clipped"] += float(each.clipped) * weighed
+        sums["weighed"] += weighed
+        total = total + each.loss
+    for name, leaf in leaves.items():
+        sums[name] = float(loss.k3(new[name], old[name]).sum())
         if recipe.prior_kl:
             prior = _score(heads, batch.decisions[name], recipe, untrained=True)[0]
-            total = total + recipe.prior_kl / counts[name] * loss.k3(leaf, prior).sum()
+            total = total + recipe.prior_kl / counts[name] * loss.k3(prior, leaf).sum()
     if leaves:
         total.backward()
     return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}, sums
+
+
+def _ratios(
+    batch: Batch,
+    new: Mapping[str, torch.Tensor],
+    old: Mapping[str, torch.Tensor],
+    recipe: Recipe,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Log-probabilities that make ratios, now and then, and whose they are: of decisions, or of whole trajectories."""
+    if recipe.ratio == "trajectory":
+        yield batch.per_member(new), batch.per_member(old), torch.arange(len(batch.advantage))
+        return
+    for name in new:
+        yield new[name], old[name], batch.decisions[name].member
 
 
 def _losses(

@@ -11,7 +11,7 @@ import torch
 
 import rapid3rt
 from rapid3rt.policies.learned import Dial, Heads, LearnedPolicy
-from rapid3rt.policies.schedule import ScheduleFamily, WarpFamily
+from rapid3rt.policies.schedule import WarpFamily
 from rapid3rt.types import ActionCosts
 from training.allocation import TABLE
 from training.bank import Bank, accelerated
@@ -39,13 +39,14 @@ class Validation:
         bank, family = self.bank, self.family if heads.config.has_prior else None
         policy = LearnedPolicy(heads, family, order=self.order, dial=dial, costs=self.costs)
         starts = self.ranks.share(range(0, len(bank), bank.batch_size))
+        converged = bank.converged()  # by all ranks together, also by one that gets no pairs
         rows = torch.zeros(len(bank), 3)
         for start in starts:
             pairs = range(start, min(start + bank.batch_size, len(bank)))
             with accelerated(bank.pipe, policy):
                 images = bank.images(pairs)
                 report = rapid3rt.report(bank.pipe).images
-            error = (images - bank.converged()[pairs.start : pairs.stop]).square().mean((1, 2, 3))
+            error = (images - converged[pairs.start : pairs.stop]).square().mean((1, 2, 3))
             for i, pair in enumerate(pairs):
                 rows[pair] = torch.tensor(
                     [float(error[i]), report[i].equivalent_steps, report[i].nfe]
@@ -62,12 +63,11 @@ class Validation:
         )
 
     def prior_error(self, equivalent_steps: float) -> float:
-        """Error of the searched family, all images alike, at the same cost; NaN without a family."""
-        if self.family is None:
-            return math.nan
-        family = self.family
+        """Error of the searched family, all images alike, at the same cost; NaN without a family, or in few steps."""
         ks = [k for k in TABLE if k <= self.bank.steps]
-        tables = [self.bank.table("family", lambda: ScheduleFamily(family), budget=k) for k in ks]
+        if self.family is None or len(ks) < 2:
+            return math.nan
+        tables = [self.bank.searched(self.family, k) for k in ks]
         x = torch.tensor(ks, dtype=torch.float64).log() + math.log(self.costs.levels[0])
         y = torch.stack([table.error.mean() for table in tables]).double().log()
         i = int((x < math.log(equivalent_steps)).sum().clamp(1, len(ks) - 1))
@@ -80,12 +80,12 @@ class Validation:
         logs: list[float] = []
         for dial in dials:
             prior = self.prior_error(dial.equivalent_steps)
-            at = f"@{dial.dial:g}"
+            at = f"@{dial.dial:g}" if dial.dial else ""
             metrics |= {
-                f"validation/m{at}": dial.error,
-                f"validation/m_prior{at}": prior,
-                f"validation/E{at}": dial.equivalent_steps,
-                f"validation/nfe{at}": dial.evaluations,
+                f"quality/m{at}": dial.error,
+                f"quality/m_prior{at}": prior,
+                f"quality/E{at}": dial.equivalent_steps,
+                f"quality/nfe{at}": dial.evaluations,
             }
             logs.append(math.log(dial.error / prior if prior == prior else dial.error))
         return metrics, -sum(logs) / len(logs)

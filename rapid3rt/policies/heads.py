@@ -34,12 +34,9 @@ def observe(x: torch.Tensor, side: int | None) -> torch.Tensor:
 
 def with_validity(scalars: Sequence[torch.Tensor | None], images: int) -> torch.Tensor:
     """Scalars and a flag beside each: float32 `[B, 2 S]`. None, or a value that is not finite, is 0 with flag 0."""
-    columns = []
-    for scalar in scalars:
-        known = torch.full((images,), float("nan")) if scalar is None else scalar.float()
-        columns.append(known)
-    device = next((s.device for s in scalars if s is not None), torch.device("cpu"))
-    values = torch.stack([column.to(device) for column in columns], 1)
+    device = next((s.device for s in scalars if s is not None), None)
+    unknown = torch.full((images,), float("nan"), device=device)
+    values = torch.stack([unknown if s is None else s.float() for s in scalars], 1)
     valid = values.isfinite()
     return torch.cat([torch.where(valid, values, 0.0), valid.float()], 1)
 

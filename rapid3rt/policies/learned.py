@@ -181,22 +181,30 @@ class Heads(nn.Module):
         outputs: torch.Tensor = self.by_name[head](observation, conditioning, scalars)
         return prior + outputs
 
-    def evaluate(self, decision: Decision) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability and entropy of a stored decision in nat, float32 `[B]` each; 0 where it was not live."""
-        logits = self(
+    def logits(self, decision: Decision) -> torch.Tensor:
+        """As `forward`, of a stored decision."""
+        return self.forward(
             decision.head,
             decision.observation,
             decision.conditioning,
             decision.scalars,
             decision.prior,
         )
-        return _score(decision, logits)
+
+    def untrained_logits(self, decision: Decision) -> torch.Tensor:
+        """As `logits`, of the policy before training: the prior alone, or the biases that heads start from."""
+        bias = self._bias(decision.head)
+        return decision.prior + (
+            0.0 if bias is None else torch.tensor(bias, device=decision.prior.device)
+        )
+
+    def evaluate(self, decision: Decision) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability and entropy of a stored decision in nat, float32 `[B]` each; 0 where it was not live."""
+        return _score(decision, self.logits(decision))
 
     def evaluate_untrained(self, decision: Decision) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `evaluate`, of the policy before training: the prior alone, or the biases that heads start from."""
-        bias = self._bias(decision.head)
-        start = 0.0 if bias is None else torch.tensor(bias, device=decision.prior.device)
-        return _score(decision, decision.prior + start)
+        """As `evaluate`, of the policy before training."""
+        return _score(decision, self.untrained_logits(decision))
 
 
 def _score(decision: Decision, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,6 +215,14 @@ def _score(decision: Decision, logits: torch.Tensor) -> tuple[torch.Tensor, torc
         values = choice_log_prob(decision.action, logits), choice_entropy(logits)
     log_prob, entropy = (torch.where(decision.live, value, 0.0) for value in values)
     return log_prob, entropy
+
+
+def typical_action(head: str, logits: torch.Tensor) -> torch.Tensor:
+    """The mode of a step's ratio, the mean of a choice's index: float32 `[B]`."""
+    if head == "step":
+        return beta_mode(*_concentrations(logits))
+    actions = torch.arange(logits.shape[1], device=logits.device, dtype=logits.dtype)
+    return logits.softmax(1) @ actions
 
 
 class LearnedPolicy:

@@ -18,7 +18,7 @@ import torch
 
 from training.rewards.base import Reward, Samples
 
-__all__ = ["Reward", "Samples", "WeightedSum", "known_rewards", "make_reward"]
+__all__ = ["Reward", "Samples", "WeightedSum", "known_rewards", "make_reward", "nearest"]
 
 
 _REFERENCE = "; needs the reference, to=converged or to=full"
@@ -69,7 +69,7 @@ def make_reward(name: str, **options: Any) -> Reward:
     ImportError: an extra is not installed; the line names it.
     """
     if name not in _ENTRIES:
-        raise ValueError(f"reward must be one of {', '.join(_nearest(name))}, got {name!r}")
+        raise ValueError(f"reward must be one of {', '.join(nearest(name))}, got {name!r}")
     module, maker = _ENTRIES[name][0].split(".")
     make = getattr(importlib.import_module(f"training.rewards.{module}"), maker)
     _check_options(name, make, options)
@@ -77,7 +77,9 @@ def make_reward(name: str, **options: Any) -> Reward:
     return reward
 
 
-def _nearest(name: object) -> list[str]:
+def nearest(name: object) -> list[str]:
+    """All names, those that are most like this one first."""
+
     def distance(known: str) -> float:
         return -difflib.SequenceMatcher(None, str(name).lower(), known).ratio()
 

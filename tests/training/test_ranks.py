@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes over gloo do what one does, however groups, dead groups and banks are dealt."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rank_run
+import torch
+from safetensors.torch import load_file
+
+from training.ranks import Ranks
+
+pytestmark = pytest.mark.slow
+
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "even": {"groups": 4},
+    "uneven": {"groups": 3},
+    "idle": {"groups": 1, "validation_pairs": 3},
+    "half_dead": {"groups": 4, "half_dead": True},
+    "paper": {"base": "paper", "groups": 3},
+    "paper_idle": {"base": "paper", "groups": 1, "omega": 1.0},
+    "adversarial": {"base": "paper", "groups": 3, "omega": 1.0},
+}
+APART = {"different": {"on_rank": {"1": {"seed": 5}}}}
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def launch(folder: Path, scenarios: dict[str, Any], count: int = 2, limit: float = 500) -> None:
+    """Start the ranks as torchrun does and wait for all of them. A hang is a failure."""
+    script = Path(rank_run.__file__)
+    shared = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+        "WORLD_SIZE": str(count),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([*sys.path, str(script.parent)]),
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(folder), json.dumps(scenarios)],
+            env=shared | {"RANK": str(i), "LOCAL_RANK": str(i)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(count)
+    ]
+    try:
+        ends = [rank.communicate(timeout=limit)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0] * count, "\n".join(ends)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    launch(folder, SCENARIOS | APART)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    torch.set_num_threads(1)
+    for name, change in SCENARIOS.items():
+        told = rank_run.run(name, change, folder, ranks)
+        (folder / f"{name}-0.json").write_text(json.dumps(told))
+    return folder
+
+
+def told(folder: Path, name: str, rank: int) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / f"{name}-{rank}.json").read_text())
+    return content
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_two_ranks_end_like_one(one: Path, two: Path, name: str) -> None:
+    alone = load_file(one / f"{name}-0.safetensors")
+    first, second = (load_file(two / f"{name}-{rank}.safetensors") for rank in (0, 1))
+    for key, expected in alone.items():
+        assert torch.equal(first[key], second[key]), key
+        torch.testing.assert_close(first[key], expected, rtol=0, atol=1e-6, msg=key)
+    moved = max(
+        float((alone[key] - alone[f"first {key}"]).abs().max())
+        for key in alone
+        if key[:5] != "first"
+    )
+    assert moved > 1e-4
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_all_ranks_tell_the_same(one: Path, two: Path, name: str) -> None:
+    alone, first, second = told(one, name, 0), told(two, name, 0), told(two, name, 1)
+    for row, other, expected in zip(
+        first["metrics"], second["metrics"], alone["metrics"], strict=True
+    ):
+        assert row.keys() == other.keys() == expected.keys()
+        for key, value in row.items():
+            if key.startswith("time/"):
+                continue
+            same = value == other[key] or (math.isnan(value) and math.isnan(other[key]))
+            assert same, key
+            if key != "policy/first_ratio_error":
+                assert value == pytest.approx(expected[key], rel=0.05, abs=1e-3, nan_ok=True), key
+    assert first["difficulty"] == second["difficulty"]
+    assert sorted(first["difficulty"]) == sorted(alone["difficulty"])
+
+
+def test_every_batch_of_a_bank_is_made_once_and_by_one_rank(one: Path, two: Path) -> None:
+    shares = [told(two, "even", rank)["made"] for rank in (0, 1)]
+    assert all(shares)
+    assert sorted(shares[0] + shares[1]) == sorted(told(one, "even", 0)["made"])
+    assert told(two, "uneven", 0)["made"] == told(two, "uneven", 1)["made"] == []
+
+
+def test_the_scenarios_are_what_they_say(two: Path) -> None:
+    dead = told(two, "half_dead", 0)["metrics"][0]
+    assert dead["policy/dead_groups"] == 0.5
+    assert told(two, "paper", 0)["metrics"][0]["entropy/cache"] > 0
+    assert "discriminator/accuracy" in told(two, "adversarial", 0)["metrics"][1]
+
+
+def test_ranks_with_different_recipes_are_refused_by_all(two: Path) -> None:
+    errors = [told(two, "different", rank)["error"] for rank in (0, 1)]
+    assert errors[0] == errors[1]
+    assert errors[0].startswith("recipe must be the same on all ranks, got another one on rank 1")
