@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from safetensors.torch import load_file, save_file
 
-from rapid3rt.policies.allocation import limits
+from rapid3rt.policies.allocation import SLACK, limits
 from rapid3rt.policies.fixed import Steps
 from rapid3rt.policies.heads import AllocationHead
 from rapid3rt.policies.schedule import WarpFamily
@@ -125,6 +125,17 @@ def fit_head(head: AllocationHead, pairs: Pairs, ticks: int) -> dict[str, float]
         head.strength.copy_(torch.tensor(strengths))
         head.offset.copy_(torch.tensor(offsets))
     return metrics
+
+
+def planned_steps(
+    head: AllocationHead, conditioning: torch.Tensor, dial: float, ticks: int
+) -> torch.Tensor:
+    """Even steps that each image's plan comes to at a dial, float32 `[n]`. conditioning: `[n, D]`."""
+    with torch.no_grad():
+        device = head.offset.device
+        b = torch.full((len(conditioning),), dial, device=device)
+        plans = _plans(head(conditioning.to(device), b).cpu(), math.log(dial), ticks)
+    return (plans - SLACK).ceil().clamp(min=1)
 
 
 def _ridge(x: torch.Tensor, y: torch.Tensor, penalty: float) -> torch.Tensor:

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
+from rapid3rt.policies.heads import AllocationHead
 from rapid3rt.policies.learned import Heads
 from training import loss
-from training.allocation import TABLE
+from training.allocation import TABLE, planned_steps, read_conditioning
 from training.checkpoint import State, load_optimiser_state, optimiser_state
 from training.config import Recipe
 from training.discriminator import Discriminator
@@ -42,8 +43,8 @@ _LATE_CHOICE_ENTROPY = 0.03
 class Running:
     """What adapts from iteration to iteration.
 
-    price: mu_b, mean_steps: the running mean of E, spread: the running std within groups, each of every dial (key of
-    `_name`). entropy: coefficient of every head.
+    price: mu_b, mean_steps: the running mean of E over what was planned, spread: the running std within groups, each
+    of every dial (key of `_name`). entropy: coefficient of every head.
     """
 
     price: dict[str, float] = field(default_factory=dict)
@@ -83,6 +84,7 @@ class Trainer:
         trained = [p for name in heads.config.sampled for p in heads.by_name[name].parameters()]
         self.optimiser = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=0.0)
         self.running = Running(entropy=dict.fromkeys(heads.config.sampled, _FIRST_COEFFICIENT))
+        self._plans: dict[str, torch.Tensor] = {}
         self.hardness: torch.Tensor | None = None
         """How far a pair's log error lies above the mean, of the searched family; None where it is not tabulated."""
         self.errors = self._read_errors()
@@ -213,7 +215,7 @@ class Trainer:
             slope = _between(dial * 0.95, ks, means) - _between(dial * 1.05, ks, means)
             price = slope / (math.log(1.05) - math.log(0.95))
             self.running.price[_name(dial)] = min(max(price, 0.0), 8.0)
-            self.running.mean_steps[_name(dial)] = dial
+            self.running.mean_steps[_name(dial)] = 1.0
         return errors
 
     # Compare ---------------------------------------------------------------------------------------------------------
@@ -270,6 +272,7 @@ class Trainer:
                 {
                     "steps": float(steps.sum()),
                     "nfe": float(nfe.sum()),
+                    "planned": float(self._planned(groups)[mine].sum()) * rollout.steps.shape[1],
                     "count": float(steps.numel()),
                 }
             )
@@ -277,13 +280,35 @@ class Trainer:
                 continue
             mean = sums["steps"] / sums["count"]
             out[f"cost/nfe@{key}"] = sums["nfe"] / sums["count"]
-            self.running.mean_steps[key] = _SLOW * self.running.mean_steps[key] + (1 - _SLOW) * mean
-            dial = float(key)
+            before = self.running.mean_steps[key]
+            self.running.mean_steps[key] = (
+                _SLOW * before + (1 - _SLOW) * mean * sums["count"] / sums["planned"]
+            )
             self.running.price[key] = loss.adapt_price(
-                self.running.price[key], self.running.mean_steps[key], dial
+                self.running.price[key], self.running.mean_steps[key], 1.0
             )
             out |= {f"cost/E@{key}": mean, f"cost/price@{key}": self.running.price[key]}
         return out
+
+    def _planned(self, groups: list[Group]) -> torch.Tensor:
+        """E that every group's pair is planned, `[P]`: that a few groups are of hard pairs must not raise a price."""
+        dense = self.subject.searched.costs.levels[0]
+        planned = []
+        for group in groups:
+            key = _name(group.dial)
+            if key not in self._plans:
+                self._plans[key] = self._plan(float(group.dial or 0.0))
+            planned.append(float(self._plans[key][group.pair]) * dense)
+        return torch.tensor(planned)
+
+    def _plan(self, dial: float) -> torch.Tensor:
+        """Evaluations that every pair of the bank is planned at a dial, `[n]`."""
+        if "allocation" not in self.heads.config.heads:
+            return torch.full((len(self.subject.training),), float(max(1, round(dial))))
+        head = self.heads.by_name["allocation"]
+        assert isinstance(head, AllocationHead)
+        conditioning = read_conditioning(self.subject.training)
+        return planned_steps(head, conditioning, dial, self.recipe.num_inference_steps)
 
     def _floor(self, name: str, metrics: Mapping[str, float], progress: float) -> float:
         """Least entropy of a head, in nat."""

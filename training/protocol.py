@@ -125,11 +125,12 @@ class Protocol:
     def __init__(self, pipe: Any, settings: Settings, store: Path) -> None:
         self.settings, self._pipe, self._store = settings, pipe, store
         base = PolicyFolder.load(settings.base)
-        if base.schedule is None or base.heads is not None:
+        if base.schedule is None:
             raise ValueError(
-                f"base must be a calibrated folder, got learned heads in '{settings.base}'"
+                f"base must hold a searched family, got heads alone in '{settings.base}'"
             )
         self.costs, self.family = base.costs, replace(base.schedule, allocation=None)
+        self._prior = base.schedule
         self._families, self._fixed = _read_schedules(settings.schedules, self.costs)
         self.ours = {
             k: [ways.served(folder, k) for folder in settings.policies] for k in settings.asked
@@ -232,7 +233,7 @@ class Protocol:
         """Name to pairs and the ways by dial."""
         s, costs = self.settings, self.costs
         makers: dict[str, tuple[int, Callable[[int], Way]]] = {
-            "prior": (s.others, lambda k: ways.served(s.base, k)),
+            "prior": (s.others, lambda k: ways.allocated(self._prior, k, costs)),
             "controller": (s.pairs, lambda k: self._controller(found.tolerances[k][0], k)),
             "threshold": (s.others, lambda k: self._threshold(found.thresholds[k][0], k)),
             "plain": (s.pairs, ways.plain),

@@ -77,6 +77,12 @@ def searched(family: WarpFamily, k: int, costs: ActionCosts) -> Way:
     return _policy(key, k, lambda: ScheduleFamily(family, budget=k), costs)
 
 
+def allocated(family: WarpFamily, mean: float, costs: ActionCosts) -> Way:
+    """The searched family with its searched allocation, asked for a mean of evaluations: before anything is learned."""
+    key = f"allocated {digest(family)} mean={mean!r}"
+    return _policy(key, mean, lambda: ScheduleFamily(family, speed=PLAIN / mean), costs)
+
+
 def fixed(plan: FixedPlan, costs: ActionCosts, name: str = "schedule") -> Way:
     """A fixed schedule. name: for its errors."""
     computes = sum(tick.action == COMPUTE for tick in plan.ticks)
