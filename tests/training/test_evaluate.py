@@ -52,6 +52,16 @@ def learned(folder: Path, weight_seed: int) -> Path:
     return folder
 
 
+def calibrated(folder: Path) -> Path:
+    """The base without its heads: what `calibrate` alone would have written."""
+    base = PolicyFolder.load(BASE)
+    made = PolicyFolder(
+        model=base.model, schedule=base.schedule, costs=base.costs, provenance={"seed": 0}
+    )
+    made.save(folder)
+    return folder
+
+
 def settings(**changes: Any) -> Settings:
     return Settings(**{"policies": (BASE,), "base": BASE, **changes})
 
@@ -62,7 +72,8 @@ def test_one_command_leaves_everything_and_goes_on_from_its_cache(
 ) -> None:
     monkeypatch.setattr(protocol, "TABLES", (3, 5))
     out, cache = tmp_path / "out", tmp_path / "runs"
-    words = [str(BASE), *SMALL.split(), "--cache", str(cache)]
+    base = calibrated(tmp_path / "base")
+    words = [str(base), *SMALL.split(), "--base", str(base), "--cache", str(cache)]
     evaluate.main([*words, "--out", str(out)])
     document = json.loads((out / "evaluate.json").read_text())
     pictures = {"error.png", "against.png", "adaptivity.png", "strata.png", "pairs.png"}
@@ -126,7 +137,7 @@ def test_a_schedule_that_does_not_fit_shows_before_the_rivals(
     plan = FixedPlan(family="flux", ticks=(ScheduleTick(sigma=1.0),))
     save_schedule(plan, tmp_path / "foreign.json")
     words = [
-        str(BASE),
+        str(calibrated(tmp_path / "base")),
         *SMALL.split(),
         "--out",
         str(tmp_path),
@@ -173,8 +184,8 @@ def test_settings_that_would_mean_nothing(changes: dict[str, Any], message: str)
         settings(**changes)
 
 
-def test_what_was_not_asked_for_follows_what_was() -> None:
-    words = f"{BASE} --model tiny-sd3 --out x --pairs 20 --dials 4 8"
+def test_what_was_not_asked_for_follows_what_was(tmp_path: Path) -> None:
+    words = f"{calibrated(tmp_path)} --model tiny-sd3 --out x --pairs 20 --dials 4 8"
     made = evaluate._settings(evaluate._parser().parse_args(words.split()))
     assert (made.pairs, made.others) == (20, 20)
     assert (made.dials, made.means, made.claimed) == ((4, 8), (12,), (8,))
@@ -189,18 +200,25 @@ def test_an_unknown_model_is_one_line(model: str, tmp_path: Path) -> None:
 
 
 def test_a_policy_must_be_one_of_this_model_on_the_same_grid(tmp_path: Path) -> None:
-    model = json.loads((BASE / "config.json").read_text())["model"]
-    evaluate._check_policy(BASE, BASE, model)
+    base = calibrated(tmp_path / "base")
+    model = json.loads((base / "config.json").read_text())["model"]
+    evaluate._check_policy(BASE, base, model)
     with pytest.raises(ValueError, match="policy must be made for Other, got"):
-        evaluate._check_policy(BASE, BASE, "Other")
+        evaluate._check_policy(base, base, "Other")
     with pytest.raises(ValueError, match=r"policy must be a folder with a config\.json"):
-        evaluate._check_policy(tmp_path, BASE, model)
-    schedule = json.loads((BASE / "schedule.json").read_text())
-    (tmp_path / "config.json").write_text((BASE / "config.json").read_text())
+        evaluate._check_policy(tmp_path, base, model)
+    schedule = json.loads((base / "schedule.json").read_text())
+    (tmp_path / "config.json").write_text((base / "config.json").read_text())
     (tmp_path / "schedule.json").write_text(json.dumps(schedule | {"order": 1}))
     with pytest.raises(ValueError, match="base must have the searched family of the policy"):
-        evaluate._check_policy(tmp_path, BASE, model)
+        evaluate._check_policy(tmp_path, base, model)
     (tmp_path / "schedule.json").write_text(json.dumps(schedule | {"allocation": None}))
-    evaluate._check_policy(tmp_path, BASE, model)  # what it allocates is its own
-    with pytest.raises(ValueError, match="base must be a calibrated folder, got learned heads"):
-        protocol.Protocol(None, settings(base=learned(tmp_path / "learned", 0)), tmp_path)
+    evaluate._check_policy(tmp_path, base, model)  # what it allocates is its own
+    config = HeadsConfig(
+        family="sd3", channels=4, conditioning=128, heads=("step",), width=8, has_prior=False
+    )
+    alone = PolicyFolder.load(base)
+    alone.heads, alone.schedule = Heads(config), None
+    alone.save(tmp_path / "alone")
+    with pytest.raises(ValueError, match="base must hold a searched family, got heads alone"):
+        protocol.Protocol(None, settings(base=tmp_path / "alone"), tmp_path)
