@@ -9,6 +9,7 @@ heads (`heads.safetensors`) on top of it, and what they cost and reach at every 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
@@ -120,11 +121,15 @@ class PolicyFolder(
         if not levels:
             config.fail("levels", "hold at least the dense cost", [])
         learned = _read_learned(folder, config.child("learned")) if is_learned else {}
-        has_prior = not is_learned or learned["heads"].config.has_prior
+        schedule = None
+        if not is_learned or learned["heads"].config.has_prior:
+            schedule = _read_family(folder)
+        if is_learned:
+            _check_fit(config.child("learned").child("heads"), learned["heads"], schedule, levels)
         provenance = config.get("provenance")
         return cls(
             model=config.text("model"),
-            schedule=_read_family(folder) if has_prior else None,
+            schedule=schedule,
             costs=ActionCosts(
                 levels=levels,
                 reuse=config.number("reuse", 0.0),
@@ -165,12 +170,12 @@ def _read_learned(folder: Path, config: Fields) -> dict[str, Any]:
         raise ValueError(f"policy folder {str(folder)!r} must hold a {_HEADS}, got none")
     try:
         weights = {name: x.float() for name, x in load_file(path).items()}
-        heads.load_state_dict(weights, assign=True)
-    except (SafetensorError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
+    except SafetensorError as error:
         raise ValueError(
-            f"{path}: content must be the weights of the heads in config.json, got: {first}"
+            f"{path}: content must be the weights of the heads in config.json, got: {error}"
         ) from None
+    _check_weights(path, weights, heads.state_dict())
+    heads.load_state_dict(weights, assign=True)
     heads.eval().requires_grad_(False)
     grid = None if config.get("latent_grid") is None else config.numbers("latent_grid", 1)
     if grid is not None and len(grid) != 2:
@@ -181,6 +186,31 @@ def _read_learned(folder: Path, config: Fields) -> dict[str, Any]:
         "calibration": _read_calibration(config),
         "latent_grid": None if grid is None else (int(grid[0]), int(grid[1])),
     }
+
+
+def _check_weights(
+    path: Path, weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+) -> None:
+    """Raise ValueError for the first weight that the heads in config.json do not have, or have in another shape."""
+    for name in sorted(weights.keys() | expected.keys()):
+        there, here = (
+            f"of shape {tuple(x[name].shape)}" if name in x else "absent"
+            for x in (weights, expected)
+        )
+        if there != here:
+            raise ValueError(f"{path}: {name} must be {here}, as config.json has it, got {there}")
+        if not bool(weights[name].isfinite().all()):
+            raise ValueError(f"{path}: {name} must be finite, got NaN or infinity")
+
+
+def _check_fit(
+    config: Fields, heads: Heads, schedule: WarpFamily | None, levels: Sequence[float]
+) -> None:
+    """Heads, schedule and costs of one folder must be of one model."""
+    if schedule is not None and schedule.family != heads.config.family:
+        config.fail("family", f"be that of {_SCHEDULE}, {schedule.family!r}", heads.config.family)
+    if "sparse" in heads.config.heads and heads.config.levels > len(levels):
+        config.fail("levels", f"be at most the {len(levels)} that have costs", heads.config.levels)
 
 
 def _read_heads_config(config: Fields) -> HeadsConfig:

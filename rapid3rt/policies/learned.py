@@ -317,6 +317,8 @@ class LearnedPolicy:
         self._left = unknown
 
     def decide_compute(self, state: DenoiseState) -> ComputeDecision:
+        if state.tick == 0:
+            self._check_model(state)
         names = self.heads.config.heads
         action = torch.full_like(state.nfe, COMPUTE, dtype=torch.int8)
         sparsity = torch.zeros_like(state.nfe, dtype=torch.int32)
@@ -336,6 +338,19 @@ class LearnedPolicy:
             chosen = self._choose("sparse", state, state.latents, prior, live, taught)
             sparsity = chosen.to(torch.int32)
         return ComputeDecision(action=action, sparsity=sparsity)
+
+    def _check_model(self, state: DenoiseState) -> None:
+        """Another model of the same family may have other sizes."""
+        config, asked = self.heads.config, f"for which {self.name} was made"
+        channels, width = state.latents.shape[1], state.conditioning.shape[1]
+        if config.sampled and channels != config.channels:
+            raise ValueError(
+                f"transformer must have latents of {config.channels} channels, {asked}, got {channels}"
+            )
+        if width != config.conditioning:
+            raise ValueError(
+                f"transformer must have an embedding of {config.conditioning}, {asked}, got {width}"
+            )
 
     def _lesson(self, state: DenoiseState) -> torch.Tensor | None:
         """What a teacher's images do before the forward: compute, densely. None without a teacher."""

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From training to a user: the folder that a run leaves gives the pictures that validation judged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import small_world
+import torch
+
+import rapid3rt
+from rapid3rt.pipeline import model_id
+from rapid3rt.policies.folder import PolicyFolder
+from rapid3rt.policies.learned import Dial, Heads, HeadsConfig, LearnedPolicy
+from rapid3rt.policies.schedule import WarpFamily
+from rapid3rt.types import AUTO
+from training.bank import accelerated
+from training.ranks import Ranks
+from training.subject import Subject
+from training.validation import FURTHER_DIALS, Validation, rising
+
+# E as it would be measured: 8 ticks at a speed of 2 ask for 4, which is the dial 5 here.
+CALIBRATION = (
+    Dial(dial=3, equivalent_steps=2.5, evaluations=2.5, error=9e-3),
+    Dial(dial=5, equivalent_steps=4.0, evaluations=4.0, error=4e-3),
+    Dial(dial=6, equivalent_steps=5.0, evaluations=5.0, error=3e-3),
+)
+
+
+def save(subject: Subject, folder: Path, recipe=small_world.DIAL) -> Path:
+    PolicyFolder(
+        model=subject.searched.model,
+        schedule=small_world.FAMILY if recipe.prior else None,
+        costs=small_world.COSTS,
+        provenance={},
+        heads=small_world.make_trained(recipe, subject),
+        order=recipe.order,
+        calibration=CALIBRATION if recipe.prior else (),
+    ).save(folder)
+    return folder
+
+
+def call(subject: Subject, policy, **dial) -> tuple[torch.Tensor, list[float], list[str]]:
+    """Images, NFE and notes of the validation pairs."""
+    bank = subject.validation
+    with accelerated(bank.pipe, policy, **dial):
+        images = bank.images(range(len(bank)))
+        report = rapid3rt.report(bank.pipe)
+    return images, [image.nfe for image in report.images], list(report.notes)
+
+
+def test_a_saved_policy_gives_the_pictures_of_validation(subject: Subject, tmp_path) -> None:
+    served, nfe, _ = call(subject, save(subject, tmp_path), speed=2.0)
+    heads = small_world.make_trained(small_world.DIAL, subject)
+    policy = LearnedPolicy(heads, small_world.FAMILY, order=AUTO, dial=5.0, costs=small_world.COSTS)
+    judged, counted, _ = call(subject, policy)
+    assert nfe == counted
+    assert torch.equal(served, judged)
+    untrained, _, _ = call(subject, "steps:5/trim")
+    assert not torch.allclose(served, untrained, atol=0.05)
+
+
+def test_validation_counts_what_was_served(subject: Subject, ranks: Ranks) -> None:
+    heads = small_world.make_trained(small_world.DIAL, subject)
+    validation = Validation(
+        bank=subject.validation,
+        family=small_world.FAMILY,
+        order=AUTO,
+        costs=small_world.COSTS,
+        ranks=ranks,
+    )
+    (measured,) = validation.measure(heads, [5.0])
+    policy = LearnedPolicy(heads, small_world.FAMILY, order=AUTO, dial=5.0)
+    images, nfe, _ = call(subject, policy)
+    errors = (images - subject.validation.converged()).square().mean((1, 2, 3))
+    assert measured.error == pytest.approx(float(errors.mean()), rel=1e-4)
+    assert measured.evaluations == pytest.approx(sum(nfe) / len(nfe))
+    metrics, score = validation.judge([measured])
+    prior = subject.validation.searched(small_world.FAMILY, 5).error.mean()
+    assert metrics["quality/m_prior@5"] == pytest.approx(float(prior), rel=1e-3)
+    ratio = metrics["quality/m@5"] / metrics["quality/m_prior@5"]
+    assert score == pytest.approx(-torch.tensor(ratio).log().item(), rel=1e-4)
+
+
+def test_untrained_heads_score_as_the_family(subject: Subject, ranks: Ranks) -> None:
+    from training.run import make_heads
+
+    validation = Validation(
+        bank=subject.validation,
+        family=small_world.FAMILY,
+        order=AUTO,
+        costs=small_world.COSTS,
+        ranks=ranks,
+    )
+    heads = make_heads(small_world.DIAL, subject)
+    _, score = validation.judge(validation.measure(heads, [4.0, 6.0]))
+    assert score == pytest.approx(0.0, abs=0.02)
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3, 5, 8])
+def test_a_budget_is_kept_exactly(subject: Subject, tmp_path, budget: int) -> None:
+    _, nfe, _ = call(subject, save(subject, tmp_path), budget=budget)
+    assert nfe == [budget] * len(nfe)
+
+
+@pytest.mark.parametrize("budget", [1, 3])
+def test_a_budget_is_never_exceeded_without_a_prior(subject: Subject, tmp_path, budget) -> None:
+    _, nfe, _ = call(subject, save(subject, tmp_path, small_world.PAPER), budget=budget)
+    assert max(nfe) <= budget
+
+
+def test_speed_one_is_the_plain_pipeline(subject: Subject, tmp_path) -> None:
+    plain = subject.validation.images(range(3))
+    for recipe in (small_world.DIAL, small_world.PAPER):
+        folder = save(subject, tmp_path / recipe.name, recipe)
+        served, nfe, _ = call(subject, folder, speed=1)
+        assert nfe == [8, 8, 8]
+        assert torch.equal(served, plain)
+
+
+def test_a_speed_beyond_the_calibration_names_its_range(subject: Subject, tmp_path) -> None:
+    folder = save(subject, tmp_path)
+    for speed in (1.5, 4.0):
+        with pytest.raises(ValueError, match=r"speed must ask for 2\.50 to 5\.00 equivalent steps"):
+            call(subject, folder, speed=speed)
+    call(subject, folder, speed=1.6)
+
+
+def test_a_policy_of_another_family_is_refused_by_name(subject: Subject, tmp_path) -> None:
+    config = HeadsConfig(family="flux", channels=4, conditioning=128, heads=("step",), width=8)
+    family = WarpFamily(family="flux", num_ticks=8, shift=1.2, order=AUTO, knots=())
+    PolicyFolder(
+        model="Flux-x",
+        schedule=family,
+        costs=small_world.COSTS,
+        provenance={},
+        heads=Heads(config),
+    ).save(tmp_path)
+    with pytest.raises(ValueError, match="must be for a sd3 model, got one for flux"):
+        rapid3rt.accelerate(subject.pipe, tmp_path, speed=2)
+
+
+@pytest.mark.parametrize("change", [{"channels": 16}, {"conditioning": 96}])
+@pytest.mark.parametrize("heads", [("step",), ("allocation",)])
+def test_a_policy_of_another_model_of_the_family_is_refused(
+    subject: Subject, tmp_path, change: dict[str, int], heads: tuple[str, ...]
+) -> None:
+    values = {"channels": 4, "conditioning": 128, **change}
+    config = HeadsConfig(family="sd3", heads=heads, width=8, **values)
+    PolicyFolder(
+        model="SD3-x",
+        schedule=small_world.FAMILY,
+        costs=small_world.COSTS,
+        provenance={},
+        heads=Heads(config),
+        calibration=CALIBRATION,
+    ).save(tmp_path)
+    name = next(iter(change))
+    if heads == ("allocation",) and name == "channels":
+        return  # it never looks at latents
+    with pytest.raises(
+        ValueError, match=rf"transformer must .* {next(iter(change.values()))}.* got"
+    ):
+        call(subject, tmp_path, speed=2)
+
+
+def test_serving_leaves_the_generators_alone(subject: Subject, tmp_path) -> None:
+    folder = save(subject, tmp_path)
+    before = torch.get_rng_state()
+    call(subject, folder, speed=2.0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_calibration_pools_what_does_not_rise() -> None:
+    dials = [
+        Dial(dial=d, equivalent_steps=e, evaluations=e - 0.1, error=1 / d)
+        for d, e in ((4, 4.0), (5, 6.0), (6, 5.0), (8, 8.0), (10, 8.0))
+    ]
+    pooled = rising(reversed(dials))
+    assert [(p.dial, p.equivalent_steps) for p in pooled] == [(4, 4.0), (5.5, 5.5), (9, 8.0)]
+    assert rising(dials[:1]) == (dials[0],)
+    assert tuple(sorted(FURTHER_DIALS)) == FURTHER_DIALS
+
+
+def test_the_note_says_for_which_model_it_was_made(subject: Subject, tmp_path) -> None:
+    folder = save(subject, tmp_path)
+    document = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(
+        document.replace(model_id(subject.pipe.transformer), "SD3-another")
+    )
+    _, _, notes = call(subject, folder, speed=2.0)
+    assert any("calibrated on SD3-another" in note for note in notes)
