@@ -176,15 +176,15 @@ def test_prices_by_hand() -> None:
 
 def test_a_policy_folder_prices_itself_and_shares_its_runs(pipe: Any, tmp_path: Path) -> None:
     runs = make(pipe, tmp_path, 2)
-    made = runs.outcome(ways.served(BASE, 2), 2)
+    made = runs.outcome(ways.served(BASE, 5), 2)
     assert made.cost.tolist() == pytest.approx((made.nfe * FOLDER.costs.levels[0]).tolist())
     copy = tmp_path / "copy"
     copy.mkdir()
-    for name in ("config.json", "schedule.json"):
+    for name in ("config.json", "schedule.json", "heads.safetensors"):
         (copy / name).write_bytes((BASE / name).read_bytes())
-    assert ways.served(copy, 2).key == ways.served(BASE, 2).key
+    assert ways.served(copy, 5).key == ways.served(BASE, 5).key
     (copy / "heads.safetensors").write_bytes(b"more")
-    assert ways.served(copy, 2).key != ways.served(BASE, 2).key
+    assert ways.served(copy, 5).key != ways.served(BASE, 5).key
 
 
 def test_the_searched_family_gives_every_image_the_same(pipe: Any, tmp_path: Path) -> None:
