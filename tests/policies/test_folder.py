@@ -238,7 +238,7 @@ def test_a_folder_travels_over_the_hub(saved: Path, tmp_path: Path, monkeypatch)
             pushed["to"] = repo_id
             return "done"
 
-    def download(repo_id: str, *, allow_patterns: list[str], **options: object) -> str:
+    def download(repo_id: str, *, allow_patterns: list[str], **_: object) -> str:
         assert repo_id == "org/policy"
         assert allow_patterns == list(PATTERNS)
         return str(hub)
