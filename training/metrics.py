@@ -3,10 +3,14 @@
 
 A metric is `group/name` or `group/name@number`, the number a dial, a sigma or an NFE:
 
-    reward/TERM  cost/E@DIAL  cost/nfe@DIAL  quality/m@DIAL  quality/m_prior@DIAL
-    entropy/HEAD  entropy/HEAD_floor  policy/dead_groups  policy/clip_fraction  policy/kl  policy/gradient_norm
+    reward/TERM  rollout/m  cost/E@DIAL  cost/nfe@DIAL  cost/price@DIAL      of the sampled images of this iteration
+    quality/m@DIAL  quality/m_prior@DIAL  quality/E@DIAL  quality/nfe@DIAL   of validation, served as users are
+    entropy/HEAD  entropy/HEAD_floor  entropy/HEAD_prior  entropy_coefficient/HEAD
+    policy/dead_groups  policy/missing_members  policy/clip_fraction  policy/kl  policy/kl_HEAD
+    policy/gradient_norm  policy/epochs  policy/first_ratio_error
     discriminator/accuracy  discriminator/auc@NFE  heads/HEAD_shift@SIGMA  time/PHASE
 
+A name without `@DIAL` is of all dials together, or of heads that have none.
 JSON has no NaN and no infinity: both are written as null, and read back as NaN.
 """
 

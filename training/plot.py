@@ -27,6 +27,7 @@ from training.curves import (
     choose_panels,
     common,
     companion,
+    joined,
     mean,
     read_run,
     smooth,
@@ -113,10 +114,10 @@ def _paint_curves(axes: Any, panel: Panel, runs: Sequence[Run]) -> None:
         iterations, values = mean(runs, key)
         for run in runs:
             if key in run.values:
-                axes.plot(run.iterations, run.values[key], color=colour, lw=0.7, alpha=0.35)
+                rows = joined(run.iterations, run.values[key])
+                axes.plot(*rows, color=colour, lw=0.7, alpha=0.35)
         axes.plot(
-            iterations,
-            smooth(values, window(runs)),
+            *joined(iterations, smooth(values, window(runs))),
             color=colour,
             lw=1.7,
             label=_label(key, panel),
@@ -124,7 +125,7 @@ def _paint_curves(axes: Any, panel: Panel, runs: Sequence[Run]) -> None:
         )
         beside = companion(key, runs)
         if beside is not None:
-            axes.plot(*mean(runs, beside), color=colour, lw=1.1, ls=":")
+            axes.plot(*joined(*mean(runs, beside)), color=colour, lw=1.1, ls=":")
         if panel.level == "dial" and (dial := Name.parse(key).at) is not None:
             axes.axhline(dial, color=colour, lw=1.1, ls=":")
     if isinstance(panel.level, float):
@@ -178,7 +179,7 @@ def _paint_difficulty(axes: Any, runs: Sequence[Run]) -> None:
             x, y, error, color=colour, fmt="o-", ms=3, lw=1.5, elinewidth=1, label=f"{dial:g}"
         )
     title = f"NFE by difficulty and dial, iterations {since:.0f} to {until:.0f}"
-    _finish(axes, title, "scene difficulty (bars: standard error)", legend=True)
+    _finish(axes, title, "difficulty (bars: standard error)", legend=True)
 
 
 def _finish(axes: Any, title: str, xlabel: str, *, legend: bool) -> None:

@@ -147,12 +147,13 @@ def _means(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, 
 
 
 def _distances(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
-    """How far the heads have moved: k3 per decision, of the head that moved most and of each, and what was clipped."""
+    """How far the heads have moved: k3 per decision of the head that moved most, and of each; what was clipped."""
     kl = _means(sums, counts)
-    return {
+    each = {f"policy/kl_{name}": value for name, value in kl.items()} if len(counts) > 1 else {}
+    return each | {
         "policy/kl": max(kl.values(), default=0.0),
         "policy/clip_fraction": sums["clipped"] / max(sums["weighed"], 1.0),
-    } | {f"policy/kl_{name}": value for name, value in kl.items()}
+    }
 
 
 def _clear_gradients(optimiser: torch.optim.Optimizer) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fit of the allocation head: finds what is there, leaves alone what is not, keeps the mean that was asked."""
+"""The fit of the allocation head: it finds what is there, leaves alone what is not, and keeps the mean asked for."""
 
 from __future__ import annotations
 

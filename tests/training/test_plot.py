@@ -22,6 +22,7 @@ from training.curves import (
     choose_panels,
     common,
     companion,
+    joined,
     mean,
     nan_mean,
     read_run,
@@ -368,3 +369,21 @@ def test_plotting_needs_neither_torch_nor_a_window(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, cwd=root
     )
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_what_is_measured_now_and_then_is_a_line(tmp_path: Path) -> None:
+    """Validation has a number in every fifth row: drawn with gaps between, nothing would be seen of it."""
+    with Logs(tmp_path, tracker="none", every=0) as logs:
+        for i in range(1, 21):
+            rare = {"quality/m@5": 0.1 / i, "quality/m_prior@5": 0.1} if i % 5 == 0 else {}
+            logs.row(i, {"reward/total": float(i), **rare})
+    run = read_run(tmp_path)
+    panel = next(p for p in choose_panels([run]) if p.keys == ("quality/m@5",))
+    axes = Figure().add_subplot()
+    plot._paint_curves(axes, panel, [run])
+    thin, thick, dotted = axes.lines
+    for line in (thin, thick, dotted):
+        assert line.get_xdata().tolist() == [5.0, 10.0, 15.0, 20.0]
+        assert np.isfinite(line.get_ydata()).all()
+    gap = np.array([1.0, np.nan, 3.0, 4.0])
+    assert joined(np.arange(4.0), gap)[1] is gap  # a number that failed stays a gap
