@@ -13,27 +13,69 @@ from training.validation import FURTHER_DIALS
 
 def describe(recipe: Recipe) -> str:
     """The resolved recipe, its batch geometry and its evaluations of the generator, as text."""
-    trajectories = recipe.groups * recipe.members
-    mean = sum(recipe.dials) / len(recipe.dials) if recipe.prior else recipe.num_inference_steps
-    calls = -(-trajectories // recipe.rollout_batch)
-    table = sum(k for k in TABLE if k <= recipe.num_inference_steps) if recipe.prior else 0
-    per_pair = REFERENCE_STEPS + table + (recipe.num_inference_steps if recipe.omega else 0)
-    bank = per_pair * (recipe.pairs + recipe.validation_pairs)
-    rollouts = round(recipe.iterations * trajectories * mean)
-    measured = -(-recipe.iterations // recipe.evaluate_every)
-    dials = sum(recipe.dials) if recipe.prior else recipe.num_inference_steps
-    validation = round(measured * recipe.validation_pairs * dials)
-    validation += round(recipe.validation_pairs * sum(FURTHER_DIALS)) if recipe.prior else 0
+    bank, rollouts, validation = count_bank(recipe), count_rollouts(recipe), count_served(recipe)
     total = bank + rollouts + validation
     lines = [
         json.dumps(as_json(recipe), indent=1),
-        f"one iteration  {recipe.groups} groups x {recipe.members} members = {trajectories} images, at least {calls} "
-        f"pipeline calls of up to {recipe.rollout_batch}, {mean:.3g} evaluations of an image in the mean",
-        f"rollouts       {rollouts:,} image evaluations in {recipe.iterations} iterations",
-        f"bank           {bank:,}, once for all runs of this model ({per_pair} for each of "
-        f"{recipe.pairs} + {recipe.validation_pairs} pairs)",
+        *_geometry(recipe),
+        f"rollouts       {rollouts:,} evaluations of an image",
+        f"bank           {bank:,}, once for all runs of this model on these pairs",
         f"validation     {validation:,}",
         f"together       {total:,}: {total / 3600 / 1000:.2f} hours for every millisecond that one takes "
         "(python benches/bench_tick.py measures it)",
     ]
     return "\n".join(lines)
+
+
+def has_rollouts(recipe: Recipe) -> bool:
+    """Whether any head is sampled; the allocation alone is fitted to the bank."""
+    return any(head != "allocation" for head in recipe.heads)
+
+
+def count_bank(recipe: Recipe) -> int:
+    """Image evaluations of the bank: references, tables of the family, what warm starts and the discriminator see."""
+    steps, table = recipe.num_inference_steps, sum(_table(recipe))
+    train = REFERENCE_STEPS + (table if recipe.prior else 0) + ("allocation" in recipe.heads)
+    train += steps if recipe.omega and has_rollouts(recipe) else 0
+    return train * recipe.pairs + (REFERENCE_STEPS + table) * recipe.validation_pairs
+
+
+def count_rollouts(recipe: Recipe) -> int:
+    """Image evaluations of all iterations; without a prior at most."""
+    if not has_rollouts(recipe):
+        return 0
+    return round(recipe.iterations * recipe.groups * recipe.members * _mean(recipe))
+
+
+def count_served(recipe: Recipe) -> int:
+    """Image evaluations of validation: before training, while it lasts, and of all dials in the end."""
+    times = 1 + -(-recipe.iterations // recipe.evaluate_every) if has_rollouts(recipe) else 0
+    dials = sum(recipe.dials) if recipe.prior else recipe.num_inference_steps
+    last = dials
+    if recipe.prior:
+        further = set(FURTHER_DIALS) - set(recipe.dials)
+        last += sum(dial for dial in further if dial <= recipe.num_inference_steps)
+    return round(recipe.validation_pairs * (times * dials + last))
+
+
+def _geometry(recipe: Recipe) -> list[str]:
+    if not has_rollouts(recipe):
+        return []
+    trajectories = recipe.groups * recipe.members
+    calls = -(-trajectories // recipe.rollout_batch)
+    mean = f"{_mean(recipe):.3g} evaluations of an image {'in the mean' if recipe.prior else 'at most'}"
+    return [
+        f"one iteration  {recipe.groups} groups x {recipe.members} members = {trajectories} images, at least {calls} "
+        f"pipeline calls of up to {recipe.rollout_batch}, {mean}; {recipe.iterations} iterations"
+    ]
+
+
+def _table(recipe: Recipe) -> list[int]:
+    return [k for k in TABLE if k <= recipe.num_inference_steps]
+
+
+def _mean(recipe: Recipe) -> float:
+    """Evaluations of an image in a rollout."""
+    if not recipe.prior:
+        return recipe.num_inference_steps
+    return sum(recipe.dials) / len(recipe.dials)

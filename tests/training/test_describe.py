@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `--dry-run` says a run will cost is what the run then asks of the generator."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import small_run
+import small_world
+
+import training.subject
+from training import run
+from training.bank import Bank
+from training.config import Recipe
+from training.describe import count_bank, count_rollouts, count_served, describe
+from training.recipes import RECIPES
+from training.rollout import Rollouts
+
+
+def test_the_count_by_hand() -> None:
+    recipe = replace(small_world.DIAL, pairs=10, validation_pairs=4, iterations=5, evaluate_every=2)
+    table = 4 + 5 + 6 + 8
+    assert count_bank(recipe) == (10 + 4) * (80 + table)
+    assert count_rollouts(recipe) == 5 * 3 * 4 * 5
+    assert count_served(recipe) == 4 * ((1 + 3) * (4 + 6) + (4 + 6))
+    paper = replace(small_world.PAPER, pairs=10, validation_pairs=4, omega=1.0)
+    assert count_bank(paper) == 10 * (80 + 8) + 4 * (80 + table)
+    allocation = replace(recipe, heads=("allocation",), pairs=30)
+    assert count_rollouts(allocation) == 0
+    assert count_bank(allocation) == 30 * (81 + table) + 4 * (80 + table)
+    assert "iteration" not in describe(allocation).split("}")[1]
+
+
+def test_a_run_asks_for_what_was_said(tmp_path: Path, monkeypatch) -> None:
+    """Counted as images times evaluations; sampled steps may end an image earlier or later than its dial."""
+    asked = {"bank": 0.0, "served": 0.0, "rollouts": 0.0}
+    make, collect, measure = Bank._make, Rollouts.collect, run.Validation.measure
+
+    def counted_make(self, *given):
+        made = make(self, *given)
+        asked["bank"] += float(made["nfe"].sum())
+        return made
+
+    def counted_collect(self, *given, **named):
+        rollout = collect(self, *given, **named)
+        asked["rollouts"] += float(rollout.nfe.sum())
+        return rollout
+
+    def counted_measure(self, heads, dials):
+        measured = measure(self, heads, dials)
+        asked["served"] += len(self.bank) * sum(dial.evaluations for dial in measured)
+        return measured
+
+    monkeypatch.setattr(Bank, "_make", counted_make)
+    monkeypatch.setattr(Rollouts, "collect", counted_collect)
+    monkeypatch.setattr(run.Validation, "measure", counted_measure)
+    monkeypatch.setattr(training.subject, "load_pipeline", small_run.load_pipeline)
+    small_world.make_searched().save(tmp_path / "searched")
+    recipe: Recipe = replace(
+        small_world.DIAL, policy=str(tmp_path / "searched"), iterations=3, evaluate_every=2
+    )
+    command = run.Command(
+        recipe=recipe, out=tmp_path / "out", banks=tmp_path / "banks", tracker="none"
+    )
+    run.train(command)
+    assert asked["bank"] == count_bank(recipe)
+    assert asked["served"] == pytest.approx(count_served(recipe), rel=0.1)
+    assert asked["rollouts"] == pytest.approx(count_rollouts(recipe), rel=0.25)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_can_be_described(name: str) -> None:
+    text = describe(RECIPES[name]())
+    assert f'"name": "{name}"' in text
+    assert "hours for every millisecond" in text
