@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rapid3rt.policies.allocation import Allocation
 from rapid3rt.policies.heads import AllocationHead
@@ -23,6 +24,7 @@ from rapid3rt.policies.prior import SPREAD, step_logits
 from rapid3rt.policies.sampling import beta_mode
 from rapid3rt.policies.schedule import ScheduleFamily, WarpFamily
 from rapid3rt.types import AUTO, COMPUTE
+from training.trajectory import Recorder
 
 ALLOCATION = Allocation(
     table=((0.2, 0.3, 0.4, 0.0), (0.9, 0.1, 0.3, 0.0)), dial=((5.0, 5.0), (14.0, 14.0))
@@ -236,3 +238,40 @@ def test_a_policy_of_another_family_or_without_its_prior_is_refused(sim):
         LearnedPolicy(Heads(DIAL), None, order=AUTO)
     with pytest.raises(ValueError, match="family must not be given"):
         LearnedPolicy(Heads(PAPER), FAMILY, order=AUTO)
+
+
+class HostReads(TorchDispatchMode):
+    """Notes every op that would make a GPU wait for its answer."""
+
+    READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        is_mask = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if name in self.READS or is_mask:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("config", [DIAL, PAPER], ids=["dial", "paper"])
+def test_decisions_are_taken_and_recorded_without_a_host_read(sim, config):
+    recorder = Recorder(None, [0, 1, 2])
+    policy = make_policy(config, trained=True, seeds=lambda run: [1, 2, 3], record=recorder.record)
+    recorder._heads = policy.heads
+    reads = []
+    for name in ("decide_compute", "decide_step"):
+
+        def watched(*args, own=getattr(policy, name)):
+            with HostReads() as mode:
+                decision = own(*args)
+            reads.extend(mode.seen)
+            return decision
+
+        setattr(policy, name, watched)
+    sim.drive(policy, sim.run(3), sim.world(3))
+    assert reads == []
+    assert {part.head for part in recorder.decisions()} == set(config.sampled)
