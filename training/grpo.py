@@ -30,6 +30,7 @@ from training.rollout import Group, Rollout, Rollouts
 from training.seeds import seed_of
 from training.shift import shifts
 from training.subject import Subject
+from training.summary import difficulties, summary
 from training.update import Batch, update
 
 _FIRST_COEFFICIENT = 3e-3
@@ -57,7 +58,7 @@ class Trainer:
     """Heads, and all that changes while they learn.
 
     subject: frozen. heads: trained in place. quality: the rewards q of the paper's form. discriminator: None where
-    omega is 0. scale: M_b of every dial.
+    omega is 0. errors: M_b of every dial.
     """
 
     def __init__(
@@ -122,9 +123,9 @@ class Trainer:
         metrics |= self._adapt(iteration, groups, rollout, metrics)
         with _timed(clock, "discriminator"):
             metrics |= self._teach(rollout)
-        metrics |= self._summary(rollout, rewards, terms, dead)
+        metrics |= summary(rollout, rewards, terms, dead, self.ranks)
         metrics |= shifts(self.heads, rollout.decisions, self.recipe.micro_batch, self.ranks)
-        self.difficulty = self._read_difficulty(rollout)
+        self.difficulty = difficulties(rollout, self.hardness, self.ranks)
         return metrics | {f"time/{phase}": seconds for phase, seconds in clock.items()}
 
     # Draw ------------------------------------------------------------------------------------------------------------
@@ -337,49 +338,6 @@ class Trainer:
         order = self.ranks.gather(number).argsort(stable=True)
         self.discriminator.add(*(self.ranks.gather(x)[order] for x in rows))
         return {f"discriminator/{k}": v for k, v in self.discriminator.update().items()}
-
-    # Tell ------------------------------------------------------------------------------------------------------------
-
-    def _summary(
-        self,
-        rollout: Rollout,
-        rewards: torch.Tensor,
-        terms: Mapping[str, torch.Tensor],
-        dead: torch.Tensor,
-    ) -> dict[str, float]:
-        columns = {
-            "reward/total": rewards,
-            **{f"reward/{name}": term for name, term in terms.items()},
-            "rollout/m": rollout.error,
-            "cost/E": rollout.steps,
-            "cost/nfe": rollout.nfe,
-        }
-        sums: dict[str, float] = {"dead": float(dead.sum()), "groups": float(len(dead))}
-        for name, values in columns.items():
-            finite = values.isfinite()
-            sums[f"{name} sum"] = float(values[finite].sum())
-            sums[f"{name} count"] = float(finite.sum())
-        sums["missing"] = float((~rewards.isfinite()).sum())
-        totals = self.ranks.sum(sums)
-        means = {
-            name: totals[f"{name} sum"] / totals[f"{name} count"]
-            for name in columns
-            if totals[f"{name} count"]
-        }
-        return means | {
-            "policy/dead_groups": totals["dead"] / totals["groups"],
-            "policy/missing_members": totals["missing"],
-        }
-
-    def _read_difficulty(self, rollout: Rollout) -> list[tuple[float, float, float]]:
-        if self.hardness is None:
-            return []
-        rows = [
-            (float(self.hardness[group.pair]), float(nfe.mean()), float(group.dial or 0))
-            for group, nfe in zip(rollout.groups, rollout.nfe, strict=True)
-        ]
-        table = torch.tensor(rows, dtype=torch.float64).view(len(rows), 3)
-        return [(row[0], row[1], row[2]) for row in self.ranks.gather(table).tolist()]
 
     # Keep ------------------------------------------------------------------------------------------------------------
 

@@ -64,6 +64,13 @@ class Ranks:
         ):
             gradient.copy_(total.view_as(gradient))
 
+    def copy_main(self, module: torch.nn.Module) -> None:
+        """Give all ranks the parameters and buffers of the main one: processors round what is fitted in ways of their own."""
+        if self.count == 1:
+            return
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, src=0)
+
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows of all ranks, `[n, ...]` of each, rank by rank, on the CPU; their numbers may differ."""
         if self.count == 1:

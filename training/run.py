@@ -135,7 +135,7 @@ def train(command: Command) -> Path:
         command.out, tracker=command.tracker, is_main=ranks.is_main, total=recipe.iterations
     ) as logs:
         if trainer is None:
-            best, fitted = 0, _warm_start(heads, subject, recipe, logs)
+            best, fitted = 0, _warm_start(heads, subject, recipe, ranks, logs)
         else:
             best, fitted = _iterate(command, trainer, validation, checkpoints, logs)
         logs.say("calibrating the dials")
@@ -172,7 +172,7 @@ def _iterate(
         ranks.wait()
 
     if checkpoints.latest() is None:
-        fitted = _warm_start(heads, trainer.subject, recipe, logs)
+        fitted = _warm_start(heads, trainer.subject, recipe, ranks, logs)
         judged, first = validation.judge(validation.measure(heads, dials_of(recipe)))
         logs.say("before training: " + ", ".join(f"{k} {v:.3g}" for k, v in judged.items()))
         keep(0, first)
@@ -266,7 +266,9 @@ def _resume(checkpoints: Checkpoints, trainer: Trainer, logs: Logs) -> tuple[int
     return loaded["iteration"], dict(state["fitted"])
 
 
-def _warm_start(heads: Heads, subject: Subject, recipe: Recipe, logs: Logs) -> dict[str, float]:
+def _warm_start(
+    heads: Heads, subject: Subject, recipe: Recipe, ranks: Ranks, logs: Logs
+) -> dict[str, float]:
     """Fit the allocation head to the bank, or clone the searched schedule. Returns what came of it."""
     family = subject.searched.schedule
     fitted: dict[str, float] = {}
@@ -285,6 +287,7 @@ def _warm_start(heads: Heads, subject: Subject, recipe: Recipe, logs: Logs) -> d
             steps=recipe.warm_start,
             seed=recipe.seed,
         )
+    ranks.copy_main(heads)
     for name, value in fitted.items():
         logs.say(f"{name} {value:.4g}")
     return fitted

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from training.bank import Bank
+from training.checkpoint import Checkpoints
 from training.discriminator import Discriminator, DiscriminatorConfig, vae_features
 from training.grpo import Trainer
 from training.ranks import Ranks
@@ -52,6 +53,8 @@ def run(name: str, change: dict[str, Any], folder: Path, ranks: Ranks) -> dict[s
     make = Half if change.pop("half_dead", False) else Trainer
     for rank, differing in change.pop("on_rank", {}).items():
         change |= differing if int(rank) == ranks.index else {}
+    kept = change.pop("checkpoints", None)
+    spoiled = change.pop("spoiled", False)
     recipe = replace(recipe, **change)
     made: list[tuple[str, int]] = []
     original = Bank._make
@@ -62,9 +65,15 @@ def run(name: str, change: dict[str, Any], folder: Path, ranks: Ranks) -> dict[s
 
     Bank._make = count  # type: ignore[method-assign]
     try:
+        if kept is not None:
+            ranks.main_first(lambda: Checkpoints(folder / kept, fingerprint={"seed": 2}))
         ranks.require_equal("recipe", repr(recipe))
         subject = small_world.make_subject(folder / "banks", recipe, ranks)
         heads = small_world.make_trained(recipe, subject)
+        if spoiled:
+            for parameter in heads.parameters():
+                parameter.data += ranks.index
+            ranks.copy_main(heads)
         discriminator = None
         if recipe.omega:
             config = DiscriminatorConfig(batch=16, steps=2)
@@ -87,6 +96,7 @@ def run(name: str, change: dict[str, Any], folder: Path, ranks: Ranks) -> dict[s
         )
         metrics.append(validation.judge(validation.measure(heads, dials_of(recipe)))[0])
     except ValueError as error:
+        ranks.wait()  # nobody waits at another place
         return {"error": str(error)}
     finally:
         Bank._make = original  # type: ignore[method-assign]

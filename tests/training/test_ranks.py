@@ -17,6 +17,7 @@ import rank_run
 import torch
 from safetensors.torch import load_file
 
+from training.checkpoint import Checkpoints
 from training.ranks import Ranks
 
 pytestmark = pytest.mark.slow
@@ -28,9 +29,13 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "half_dead": {"groups": 4, "half_dead": True},
     "paper": {"base": "paper", "groups": 3},
     "paper_idle": {"base": "paper", "groups": 1, "omega": 1.0},
+    "spoiled": {"groups": 2, "spoiled": True},
     "adversarial": {"base": "paper", "groups": 3, "omega": 1.0},
 }
-APART = {"different": {"on_rank": {"1": {"seed": 5}}}}
+APART = {
+    "different": {"on_rank": {"1": {"seed": 5}}},
+    "of_another": {"checkpoints": "kept"},
+}
 
 
 def free_port() -> str:
@@ -69,6 +74,7 @@ def launch(folder: Path, scenarios: dict[str, Any], count: int = 2, limit: float
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
+    Checkpoints(folder / "kept", fingerprint={"seed": 1}).save(1, {"x": 1})
     launch(folder, SCENARIOS | APART)
     return folder
 
@@ -139,3 +145,9 @@ def test_ranks_with_different_recipes_are_refused_by_all(two: Path) -> None:
     errors = [told(two, "different", rank)["error"] for rank in (0, 1)]
     assert errors[0] == errors[1]
     assert errors[0].startswith("recipe must be the same on all ranks, got another one on rank 1")
+
+
+def test_checkpoints_of_another_recipe_are_refused_by_all(two: Path) -> None:
+    for rank in (0, 1):
+        error = told(two, "of_another", rank)["error"]
+        assert error.endswith("got other values: seed (1 there, 2 here)")

@@ -169,4 +169,6 @@ def _fingerprint(module: nn.Module) -> str:
 def _in_chunks(
     encode: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, size: int
 ) -> torch.Tensor:
+    if not len(images):  # of nothing there are no statistics, but a shape
+        return encode(images.new_zeros(1, *images.shape[1:]))[:0]
     return torch.cat([encode(chunk) for chunk in images.split(max(size, 1))])
