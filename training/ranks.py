@@ -65,7 +65,7 @@ class Ranks:
             gradient.copy_(total.view_as(gradient))
 
     def copy_main(self, module: torch.nn.Module) -> None:
-        """Give all ranks the parameters and buffers of the main one: processors round what is fitted in ways of their own."""
+        """Give all ranks the weights of the main one: processors round what is fitted in ways of their own."""
         if self.count == 1:
             return
         for tensor in module.state_dict().values():

@@ -263,15 +263,18 @@ def test_decisions_are_taken_and_recorded_without_a_host_read(sim, config):
     policy = make_policy(config, trained=True, seeds=lambda run: [1, 2, 3], record=recorder.record)
     recorder._heads = policy.heads
     reads = []
-    for name in ("decide_compute", "decide_step"):
 
-        def watched(*args, own=getattr(policy, name)):
+    def watched(decide):
+        def decided(*args):
             with HostReads() as mode:
-                decision = own(*args)
+                decision = decide(*args)
             reads.extend(mode.seen)
             return decision
 
-        setattr(policy, name, watched)
+        return decided
+
+    policy.decide_compute = watched(policy.decide_compute)
+    policy.decide_step = watched(policy.decide_step)
     sim.drive(policy, sim.run(3), sim.world(3))
     assert reads == []
     assert {part.head for part in recorder.decisions()} == set(config.sampled)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One iteration from draw to metrics: the rewards are those of the formulas, and what has no number is in none of them."""
+"""One iteration from draw to metrics: rewards are those of the formulas, and what has no number is in none of them."""
 
 from __future__ import annotations
 
