@@ -97,7 +97,8 @@ class Trainer:
     def iterate(self, iteration: int) -> dict[str, float]:
         """One iteration, numbered from 0. Returns metrics of all ranks."""
         clock: dict[str, float] = {}
-        groups = self.ranks.share(self.draw(iteration))
+        drawn = self.draw(iteration)
+        groups = self.ranks.share(drawn, [group.dial or 1.0 for group in drawn])
         with _timed(clock, "rollout"):
             rollout = self.rollout = self.rollouts.collect(groups, self.recipe.members)
         with _timed(clock, "reward"):

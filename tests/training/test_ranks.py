@@ -20,13 +20,11 @@ from safetensors.torch import load_file
 from training.checkpoint import Checkpoints
 from training.ranks import Ranks
 
-pytestmark = pytest.mark.slow
-
 SCENARIOS: dict[str, dict[str, Any]] = {
     "even": {"groups": 4},
     "uneven": {"groups": 3},
     "idle": {"groups": 1, "validation_pairs": 3},
-    "half_dead": {"groups": 4, "half_dead": True},
+    "half_dead": {"base": "paper", "groups": 4, "half_dead": True},
     "paper": {"base": "paper", "groups": 3},
     "paper_idle": {"base": "paper", "groups": 1, "omega": 1.0},
     "spoiled": {"groups": 2, "spoiled": True},
@@ -36,6 +34,31 @@ APART = {
     "different": {"on_rank": {"1": {"seed": 5}}},
     "of_another": {"checkpoints": "kept"},
 }
+
+
+class Rank(Ranks):
+    """One of some, without the others."""
+
+    def __init__(self, index: int, count: int) -> None:
+        self.index, self.count = index, count
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("costs", [None, [5.0, 14, 5, 6, 14, 8, 10, 5, 6], [1.0] * 9, [0.0] * 9])
+def test_everything_is_dealt_once(count: int, costs: list[float] | None) -> None:
+    items = list("abcdefghi")
+    shares = [Rank(i, count).share(items, costs) for i in range(count)]
+    assert sorted(sum(shares, [])) == items
+    assert all(share == sorted(share) for share in shares)
+    if costs is None or set(costs) == {1.0}:
+        assert shares == [items[i::count] for i in range(count)]
+    assert Rank(1, 2).share(["a"], None if costs is None else [3.0]) == []
+
+
+def test_ranks_get_as_much_to_do() -> None:
+    costs = [14.0, 5, 14, 5, 10, 6, 8, 5]
+    assert [sum(Rank(i, 2).share(costs)) for i in range(2)] == [46, 21]
+    assert [sum(Rank(i, 2).share(costs, costs)) for i in range(2)] == [34, 33]
 
 
 def free_port() -> str:
@@ -94,6 +117,7 @@ def told(folder: Path, name: str, rank: int) -> dict[str, Any]:
     return content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_two_ranks_end_like_one(one: Path, two: Path, name: str) -> None:
     alone = load_file(one / f"{name}-0.safetensors")
@@ -109,6 +133,7 @@ def test_two_ranks_end_like_one(one: Path, two: Path, name: str) -> None:
     assert moved > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_all_ranks_tell_the_same(one: Path, two: Path, name: str) -> None:
     alone, first, second = told(one, name, 0), told(two, name, 0), told(two, name, 1)
@@ -127,6 +152,7 @@ def test_all_ranks_tell_the_same(one: Path, two: Path, name: str) -> None:
     assert sorted(first["difficulty"]) == sorted(alone["difficulty"])
 
 
+@pytest.mark.slow
 def test_every_batch_of_a_bank_is_made_once_and_by_one_rank(one: Path, two: Path) -> None:
     shares = [told(two, "even", rank)["made"] for rank in (0, 1)]
     assert all(shares)
@@ -134,6 +160,7 @@ def test_every_batch_of_a_bank_is_made_once_and_by_one_rank(one: Path, two: Path
     assert told(two, "uneven", 0)["made"] == told(two, "uneven", 1)["made"] == []
 
 
+@pytest.mark.slow
 def test_the_scenarios_are_what_they_say(two: Path) -> None:
     dead = told(two, "half_dead", 0)["metrics"][0]
     assert dead["policy/dead_groups"] == 0.5
@@ -141,12 +168,14 @@ def test_the_scenarios_are_what_they_say(two: Path) -> None:
     assert "discriminator/accuracy" in told(two, "adversarial", 0)["metrics"][1]
 
 
+@pytest.mark.slow
 def test_ranks_with_different_recipes_are_refused_by_all(two: Path) -> None:
     errors = [told(two, "different", rank)["error"] for rank in (0, 1)]
     assert errors[0] == errors[1]
     assert errors[0].startswith("recipe must be the same on all ranks, got another one on rank 1")
 
 
+@pytest.mark.slow
 def test_checkpoints_of_another_recipe_are_refused_by_all(two: Path) -> None:
     for rank in (0, 1):
         error = told(two, "of_another", rank)["error"]
