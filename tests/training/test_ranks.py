@@ -48,7 +48,7 @@ class Rank(Ranks):
 def test_everything_is_dealt_once(count: int, costs: list[float] | None) -> None:
     items = list("abcdefghi")
     shares = [Rank(i, count).share(items, costs) for i in range(count)]
-    assert sorted(sum(shares, [])) == items
+    assert sorted(item for share in shares for item in share) == items
     assert all(share == sorted(share) for share in shares)
     if costs is None or set(costs) == {1.0}:
         assert shares == [items[i::count] for i in range(count)]
