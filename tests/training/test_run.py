@@ -413,7 +413,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys) -> None:
     assert not out.exists()
     for name in RECIPES:
         run.main([name, "--dry-run"])
-    assert "image evaluations" in capsys.readouterr().out
+    assert "hours for every millisecond" in capsys.readouterr().out
 
 
 # Killed --------------------------------------------------------------------------------------------------------------
