@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from rapid3rt.calibrate.arguments import check_call, told_apart
 from rapid3rt.calibrate.measure import REFERENCE_STEPS, Bench, accelerated
 from rapid3rt.errors import check_count
 from rapid3rt.pipeline import accelerate, restore
@@ -87,8 +88,9 @@ def search(
     """
     _check(settings, prompts, Path(out))
     restore(accelerate(pipe, "dense"))
-    folder, home = find_policy(policy, pipe), Path(f"{out}.search")
     arguments = dict(call or {})
+    check_call(pipe, arguments)
+    folder, home = find_policy(policy, pipe), Path(f"{out}.search")
     claim(home, identity(pipe, prompts, asdict(settings), folder, arguments))
     bench = Bench(
         pipe,
@@ -108,7 +110,7 @@ def search(
     lattice = _lattice(bench, family, costs, settings)
     climber, spent, stages = _improve(bench, family, lattice, costs, settings)
     provenance = {
-        "command": {**asdict(settings), "call": {k: str(v) for k, v in arguments.items()}},
+        "command": {**asdict(settings), "call": told_apart(arguments)},
         "model": bench.model,
         "prompts": len(prompts),
         "family": {"order": family.order, "knots": [list(pair) for pair in family.knots]},
