@@ -510,11 +510,8 @@ def test_detours_return_to_the_recorded_trajectory(pipe: Any, tmp_path: Path) ->
     walk = recording._run(bench, lattice, [0, 1], recording._walk(lattice), keep)
     assert len(walk.latents) == len(sigmas)
     script = recording._detours(lattice)[2]
-
-    def put(_pipe: Any, tick: int, _t: Any, values: dict[str, Any]) -> dict[str, Any]:
-        return {**values, "latents": truth[script[min(tick + 1, len(script) - 1)].at]}
-
-    detour = recording._run(bench, lattice, [0, 1], script, put)
+    back = recording._put_back(truth, script)
+    detour = recording._run(bench, lattice, [0, 1], script, back)
     for visit, v in zip(script, detour.velocities, strict=True):
         miss = (v - walk.velocities[visit.at]).abs().max() / walk.velocities[visit.at].abs().max()
         assert (miss < 1e-5) == (visit.action == COMPUTE)

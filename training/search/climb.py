@@ -21,7 +21,15 @@ from rapid3rt.calibrate.measure import Bench
 from rapid3rt.policies import FixedSchedule
 from rapid3rt.types import AUTO, ActionCosts
 from training.search.error_model import ErrorModel, Sample
-from training.search.lattice import ORDERS, Lattice, Plan, equivalent_steps, moves, neighbours
+from training.search.lattice import (
+    ORDERS,
+    Lattice,
+    Plan,
+    bend,
+    equivalent_steps,
+    moves,
+    neighbours,
+)
 
 SURE = 0.9
 """Share of the redraws in which a lower error counts as sure."""
@@ -152,26 +160,37 @@ class Climber:
 def probe(climber: Climber, seed: int, count: int) -> None:
     """Measure random bends of the first plan on the few pairs, so that there is something to fit."""
     lattice, rng = climber.lattice, random.Random(f"{seed} probe")
-    bend = moves(lattice)[1]
     for plan in neighbours(climber.best, lattice, bend, rng, climber.tried, count):
         if climber.may_go_on:
             climber.propose(plan)
 
 
 def descend(climber: Climber, model: ErrorModel) -> None:
-    """Propose what dynamic programming finds best around the best plan, ever nearer; the model learns from each."""
-    interval, dense = model.lattice.end // model.lattice.budget, (((AUTO,), False), (ORDERS, False))
-    kinds = (*dense, (ORDERS, True)) if model.lattice.levels or model.lattice.reuse else dense
+    """Propose what dynamic programming finds best around the best plan, ever nearer; the model learns from each.
+
+    First of AUTO alone, then of all orders, then of all actions. A choice that never helped is not offered again.
+    """
+    interval, lattice = model.lattice.end // model.lattice.budget, model.lattice
+    choices = [((AUTO,), False), (ORDERS, False), (ORDERS, True)]
+    choices = choices if lattice.levels or lattice.reuse else choices[:2]
     for part in (2, 4, 8):
-        for orders, all_actions in kinds:
-            failures = 0
-            while failures < 2 and climber.may_go_on:
-                model.fit(climber.samples)
-                price = _price(climber) if all_actions else None
-                plan = model.best_plan(climber.best, interval // part, orders, price)
-                if plan in climber.tried:
-                    break
-                failures = 0 if climber.propose(plan) else failures + 1
+        helped = [_descend(climber, model, interval // part, *choice) for choice in choices]
+        choices = [x for x, again in zip(choices, helped, strict=True) if again or x == choices[0]]
+
+
+def _descend(
+    climber: Climber, model: ErrorModel, radius: int, orders: Sequence[int], all_actions: bool
+) -> bool:
+    """Until the model has nothing new to propose or fails twice in a row. Returns whether anything was better."""
+    failures, before = 0, climber.accepted
+    while failures < 2 and climber.may_go_on:
+        model.fit(climber.samples)
+        price = _price(climber) if all_actions else None
+        plan = model.best_plan(climber.best, radius, orders, price)
+        if plan in climber.tried:
+            break
+        failures = 0 if climber.propose(plan) else failures + 1
+    return climber.accepted > before
 
 
 def _price(climber: Climber) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from rapid3rt.calibrate.arguments import told_apart
 from rapid3rt.calibrate.measure import Bench
 from rapid3rt.calibrate.search import search as search_grid
 from rapid3rt.pipeline import bundled_policy, model_id
@@ -66,7 +67,7 @@ def identity(
         "model": model_id(pipe.transformer),
         "prompts": _digest(list(prompts)),
         "policy": None if start is None else _digest(asdict(start.family)),
-        "call": _digest(sorted(map(str, call.items()))),
+        "call": _digest(told_apart(call)),
         **{name: value for name, value in settings.items() if name not in _FREE},
     }
 

@@ -12,10 +12,10 @@ Shape letters: P pairs, B images of a batch, M intervals of the lattice.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -74,19 +74,15 @@ def cost(lattice: Lattice) -> int:
 
 
 def record(bench: Bench, lattice: Lattice, pairs: Sequence[int]) -> Recording:
-    """Run the detours of all pairs, batch by batch; batches that lie in the bench's folder are read."""
+    """Run walk and detours of all pairs, batch by batch; batches that lie in the bench's folder are read."""
     parts = []
     for start in range(0, len(pairs), bench.batch_size):
         batch = pairs[start : start + bench.batch_size]
-        path = bench.out / f"recording-{start:04d}.safetensors"
+        path = bench.out / f"recording-{start:04d}-{len(batch)}.safetensors"
         if not path.exists():
             _save(_record_batch(bench, lattice, batch), path)
         parts.append(load_file(path))
-    gram, levels, reuse = (torch.cat([part[name] for part in parts]) for name in _NAMES)
-    return Recording(gram=gram, levels=levels, reuse=reuse)
-
-
-_NAMES = ("gram", "levels", "reuse")
+    return Recording(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -170,6 +166,10 @@ class _Recorder:
         return step_to(next_from_list(self._targets, state.step), EULER if ends else AUTO)
 
 
+_Excess: TypeAlias = dict[tuple[_Visit, int], torch.Tensor]
+"""Mean squared distance of a visit's velocity from the dense one, `[B]`. The number: whose residual a reuse takes."""
+
+
 def _record_batch(bench: Bench, lattice: Lattice, pairs: Sequence[int]) -> dict[str, torch.Tensor]:
     truth: dict[int, torch.Tensor] = {}
 
@@ -178,26 +178,28 @@ def _record_batch(bench: Bench, lattice: Lattice, pairs: Sequence[int]) -> dict[
         return values
 
     walk = _run(bench, lattice, pairs, _walk(lattice), keep)
-    velocity: dict[tuple[int, int, int], torch.Tensor] = {}
+    excess: _Excess = {}
     for script in _detours(lattice):
-
-        def put(_pipe: Any, tick: int, _t: Any, values: dict[str, Any]) -> dict[str, Any]:
-            following = script[tick + 1].at if tick + 1 < len(script) else 0  # noqa: B023
-            return {**values, "latents": truth.get(following, values["latents"])}
-
-        seen = _run(bench, lattice, pairs, script, put).velocities
-        source = 0
-        for visit, v in zip(script, seen, strict=True):
+        seen, source = _run(bench, lattice, pairs, script, _put_back(truth, script)).velocities, 0
+        for visit, velocity in zip(script, seen, strict=True):
             source = visit.at if visit.action == COMPUTE else source
-            key = (visit.at, -1, source) if visit.action == REUSE else (visit.at, visit.level, 0)
-            velocity[key] = (
-                (v.double() - walk.velocities[visit.at].double()).square().mean((1, 2, 3))
-            )
+            miss = velocity.double() - walk.velocities[visit.at].double()
+            excess[visit, source] = miss.square().mean((1, 2, 3)).cpu()
     return {
         "gram": _gram(walk.latents, walk.velocities),
-        "levels": _level_table(lattice, velocity, len(pairs)),
-        "reuse": _reuse_table(lattice, velocity, len(pairs)),
+        "levels": _level_table(lattice, excess, len(pairs)),
+        "reuse": _reuse_table(lattice, excess, len(pairs)),
     }
+
+
+def _put_back(truth: Mapping[int, torch.Tensor], script: Sequence[_Visit]) -> Callable[..., Any]:
+    """A callback that puts the latents back on the recorded trajectory, where the next visit is."""
+
+    def put(_pipe: Any, tick: int, _t: Any, values: dict[str, Any]) -> dict[str, Any]:
+        following = script[min(tick + 1, len(script) - 1)].at
+        return {**values, "latents": truth.get(following, values["latents"])}
+
+    return put
 
 
 def _run(
@@ -218,24 +220,19 @@ def _gram(latents: Sequence[torch.Tensor], velocities: Sequence[torch.Tensor]) -
     return torch.stack(rows)
 
 
-def _level_table(
-    lattice: Lattice, excess: dict[tuple[int, int, int], torch.Tensor], pairs: int
-) -> torch.Tensor:
+def _level_table(lattice: Lattice, excess: _Excess, pairs: int) -> torch.Tensor:
     points = _level_points(lattice)
     table = torch.zeros(pairs, len(lattice.levels), len(points), dtype=torch.float64)
     for (x, level), (p, i) in itertools.product(enumerate(lattice.levels), enumerate(points)):
-        table[:, x, p] = excess[i, level, 0].cpu()
+        table[:, x, p] = excess[_Visit(at=i, level=level), i]
     return table
 
 
-def _reuse_table(
-    lattice: Lattice, excess: dict[tuple[int, int, int], torch.Tensor], pairs: int
-) -> torch.Tensor:
+def _reuse_table(lattice: Lattice, excess: _Excess, pairs: int) -> torch.Tensor:
     points, step = _reuse_points(lattice), stride(lattice.end)
     table = torch.zeros(pairs, len(points), WINDOW, dtype=torch.float64)
     for (p, h), s in itertools.product(enumerate(points), range(WINDOW)):
-        value = excess.get((h + (s + 1) * step, -1, h))
-        if value is None:
-            value = table[:, p, s - 1] if s else table[:, p - 1, 0]
-        table[:, p, s] = value.cpu()
+        before = table[:, p, s - 1] if s else table[:, p - 1, 0]
+        visit = _Visit(at=h + (s + 1) * step, action=REUSE)
+        table[:, p, s] = excess.get((visit, h), before)
     return table

@@ -8,7 +8,7 @@ folder FILE.search, and what is done next follows from those alone: the same cal
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from rapid3rt.calibrate.arguments import check_call, told_apart
 from rapid3rt.calibrate.measure import REFERENCE_STEPS, Bench, accelerated
 from rapid3rt.errors import check_count
 from rapid3rt.pipeline import accelerate, restore
@@ -85,10 +86,11 @@ def search(
     ValueError: wrong arguments, or a folder that holds another search.
     UnsupportedError, StateError: as `accelerate`.
     """
-    _check(settings, prompts)
+    _check(settings, prompts, Path(out))
     restore(accelerate(pipe, "dense"))
-    folder, home = find_policy(policy, pipe), Path(f"{out}.search")
     arguments = dict(call or {})
+    check_call(pipe, arguments)
+    folder, home = find_policy(policy, pipe), Path(f"{out}.search")
     claim(home, identity(pipe, prompts, asdict(settings), folder, arguments))
     bench = Bench(
         pipe,
@@ -108,7 +110,7 @@ def search(
     lattice = _lattice(bench, family, costs, settings)
     climber, spent, stages = _improve(bench, family, lattice, costs, settings)
     provenance = {
-        "command": {**asdict(settings), "call": {k: str(v) for k, v in arguments.items()}},
+        "command": {**asdict(settings), "call": told_apart(arguments)},
         "model": bench.model,
         "prompts": len(prompts),
         "family": {"order": family.order, "knots": [list(pair) for pair in family.knots]},
@@ -127,7 +129,9 @@ def search(
     return plan
 
 
-def _check(settings: Settings, prompts: Sequence[str]) -> None:
+def _check(settings: Settings, prompts: Sequence[str], out: Path) -> None:
+    if out.is_dir():
+        raise ValueError(f"out must be a file, got the folder {str(out)!r}")
     for name in ("budget", "evaluations", "steps", "batch_size"):
         check_count(name, getattr(settings, name))
     if not 2 <= settings.budget <= settings.steps:
@@ -180,64 +184,61 @@ def _improve(
     bench: Bench, family: WarpFamily, lattice: Lattice, costs: ActionCosts, settings: Settings
 ) -> tuple[Climber, dict[str, int], dict[str, float]]:
     """The search itself; also evaluations by purpose, and the mean squared error of the best plan after each stage."""
-    seen, budget = _num_seen(bench.prompts), settings.budget
-    number, other = min(NUM_FEW, seen), _other_budget(lattice, settings)
-    spent = {
-        "family": budget * seen + other * number,
-        "recording": recording.cost(lattice) * number,
-    }
-    least = sum(spent.values()) + budget * (number * NUM_PROBES + seen)
-    if settings.evaluations < least:
-        raise ValueError(
-            f"evaluations must be at least {least} here (family, recording, probes), got {settings.evaluations}"
-        )
-    errors = bench.family_errors(family, budget)[:seen]
+    seen, other = _num_seen(bench.prompts), _other_budget(lattice, settings)
+    spent = _first_costs(lattice, seen, other, settings.evaluations)
+    errors = bench.family_errors(family, lattice.budget)[:seen]
     few, rest = _rungs(errors)
     exponent = 0.0
     if other:
         there = bench.family_errors(family, other, pairs=few)
-        exponent = _exponent(errors[few], budget, there, other)
+        exponent = _exponent(errors[few], lattice.budget, there, other)
     bar = tqdm(total=settings.evaluations, desc="schedule search", disable=not bench.progress)
     bar.update(sum(spent.values()))
     records = recording.record(bench, lattice, few)
     weights = errors[few].clamp(min=1e-12) ** -0.5
     weights = weights / weights.mean()
-    objective = Objective(bench, lattice, costs, exponent, few, rest, sum(spent.values()))
-
-    def report(climber: Climber) -> None:
-        bar.update(climber.objective.spent - bar.n)
-        bar.set_postfix(error=f"{climber.seen().mean():.3e}", accepted=climber.accepted)
-
     climber = Climber(
-        objective=objective,
+        objective=Objective(bench, lattice, costs, exponent, few, rest, sum(spent.values())),
         best=lattice.even(),
         few=errors[few],
         rest=errors[rest],
         weights=weights,
         limit=settings.evaluations,
-        report=report,
+        report=partial(_report, bar),
     )
     model = ErrorModel(LocalErrors(lattice, records, weights), costs)
     stages = {"family": float(climber.seen().mean())}
-    stage = partial(_stage, climber, spent, stages)
-    stage("probes", partial(probe, climber, settings.seed, NUM_PROBES))
-    stage("dynamic programming", partial(descend, climber, model))
-    stage("climbing", partial(climb, climber, model, settings.seed))
+    for name, work in (
+        ("probes", partial(probe, climber, settings.seed, NUM_PROBES)),
+        ("dynamic programming", partial(descend, climber, model)),
+        ("climbing", partial(climb, climber, model, settings.seed)),
+    ):
+        before = climber.objective.spent
+        work()
+        spent[name] = climber.objective.spent - before
+        stages[name] = float(climber.seen().mean())
     bar.close()
     return climber, spent, stages
 
 
-def _stage(
-    climber: Climber,
-    spent: dict[str, int],
-    stages: dict[str, float],
-    name: str,
-    work: Callable[[], None],
-) -> None:
-    before = climber.objective.spent
-    work()
-    spent[name] = climber.objective.spent - before
-    stages[name] = float(climber.seen().mean())
+def _first_costs(lattice: Lattice, seen: int, other: int, evaluations: int) -> dict[str, int]:
+    """Evaluations that come before any proposal, by purpose. ValueError: they and the probes are more than allowed."""
+    few = min(NUM_FEW, seen)
+    spent = {
+        "family": lattice.budget * seen + other * few,
+        "recording": recording.cost(lattice) * few,
+    }
+    least = sum(spent.values()) + lattice.budget * (few * NUM_PROBES + seen)
+    if evaluations < least:
+        raise ValueError(
+            f"evaluations must be at least {least} here (family, recording, probes), got {evaluations}"
+        )
+    return spent
+
+
+def _report(bar: Any, climber: Climber) -> None:
+    bar.update(climber.objective.spent - bar.n)
+    bar.set_postfix(error=f"{climber.seen().mean():.3e}", accepted=climber.accepted)
 
 
 def _other_budget(lattice: Lattice, settings: Settings) -> int:
