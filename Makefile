@@ -2,21 +2,26 @@
 # Each target makes the environment it needs and is quick when nothing changed.
 #   PYTHON  interpreter that makes the environment (3.11 to 3.13)
 #   VENV    the environment; one that already holds a torch keeps it
+#   PART    parts of gpu-check to run, by name; empty: those that have not passed yet
+#   OUT     folder that gpu-check writes to
 
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_ARGS ?=
 TEST_ARGS ?=
+PART ?=
+OUT ?= gpu-check
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
-CPP := $(sort $(shell find csrc -name '*.cpp' -o -name '*.h'))
+CPP := $(sort $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'))
+RULES := CMakeLists.txt $(wildcard cmake/*.cmake)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint bench golden matrix sanitize gpu-check clean
+.PHONY: help demo test check lint bench golden matrix sanitize gpu-check wheels-offline cutlass clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.built ## Run the main job on the bundled SD3 pipeline; pictures and traces go to demo/
 	$(BIN)/python -m rapid3rt.cli demo --out demo $(DEMO_ARGS)
@@ -53,16 +58,40 @@ sanitize: $(VENV)/.tools ## C++ tests under AddressSanitizer, UndefinedBehaviorS
 	pybind11_DIR=$$(python -m pybind11 --cmakedir); export pybind11_DIR; \
 	$(SANITIZE) -B build/asan -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all"; \
 	$(SANITIZE) -B build/tsan -DCMAKE_CXX_FLAGS="-fsanitize=thread"; \
-	cmake --build build/asan --target attention_test queue_test rows_test; \
-	cmake --build build/tsan --target queue_test; \
+	cmake --build build/asan --target attention_test cuda_lists_test cuda_rows_test queue_test rows_test; \
+	cmake --build build/tsan --target cuda_lists_test cuda_rows_test queue_test; \
+	for test in cuda_lists cuda_rows; do build/asan/csrc/tests/$${test}_test; build/tsan/csrc/tests/$${test}_test; done; \
 	ASAN_OPTIONS=malloc_fill_byte=255:max_malloc_fill_size=1073741824 build/asan/csrc/tests/attention_test; \
 	build/asan/csrc/tests/queue_test; \
 	build/asan/csrc/tests/rows_test; \
 	build/tsan/csrc/tests/queue_test
 
-gpu-check: $(VENV)/.built ## On a machine with a CUDA GPU: the GPU tests
-	@$(BIN)/python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'gpu-check: this machine has no CUDA GPU that torch can use')"
-	$(BIN)/python -m pytest -m cuda $(TEST_ARGS)
+# The environment's Python where there is one, else the machine's own: nothing is installed into either.
+gpu-check: ## On a machine with a CUDA GPU: prove the kernels, offline (docs/cuda.md)
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benches/gpu_check.py --out '$(OUT)' $(addprefix --part ,$(PART))
+
+# What a machine with torch and nvcc, but without a network, may lack: for its Python and Linux on x86-64.
+TARGET_PYTHON ?= 3.12
+OFFLINE := diffusers importlib-metadata zipp ninja pybind11 scikit-build-core packaging pathspec \
+	pytest iniconfig pluggy pygments hypothesis sortedcontainers
+PLATFORMS := $(foreach n,28 17 12 5,manylinux_2_$(n)_x86_64) manylinux2014_x86_64 manylinux2010_x86_64 manylinux1_x86_64
+wheels-offline: cutlass ## Collect in wheels-offline/ what gpu-check needs on a machine without a network
+	rm -rf wheels-offline
+	$(PYTHON) -m pip download -q --no-deps --only-binary :all: -d wheels-offline -c constraints.txt \
+		--python-version $(TARGET_PYTHON) $(addprefix --platform ,$(PLATFORMS)) $(OFFLINE)
+	cp .cutlass/*.whl wheels-offline
+	@du -sh wheels-offline
+
+# The sm_80 kernels include nothing of CUTLASS; those for sm_90a will.
+CUTLASS := nvidia-cutlass==4.2.0.0 --hash=sha256:f9599ada45c7bcb6bf53f7d3f0a7d154183e53451c01bfa59eecd37dd4a693f6
+cutlass: .cutlass/include ## Unpack the headers of CUTLASS into .cutlass/include/
+.cutlass/include:
+	rm -rf .cutlass && mkdir .cutlass
+	echo '$(CUTLASS)' > .cutlass/requirements.txt
+	$(PYTHON) -m pip download -q --no-deps --require-hashes -d .cutlass -r .cutlass/requirements.txt
+	$(PYTHON) -m zipfile -e .cutlass/*.whl .cutlass/wheel
+	mv .cutlass/wheel/cutlass_library/source/include $@
+	rm -r .cutlass/wheel
 
 clean: ## Remove the environment and everything that was built
 	rm -rf .venv build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -78,6 +107,6 @@ $(VENV)/.tools: pyproject.toml constraints.txt
 	touch $@
 
 # No build isolation: the tools above build, and only what changed is compiled again.
-$(VENV)/.built: $(VENV)/.tools CMakeLists.txt $(CPP)
+$(VENV)/.built: $(VENV)/.tools $(RULES) $(CPP)
 	$(PIP) install -c $(VENV)/constraints.txt --no-build-isolation --config-settings=build-dir=$(abspath $(VENV))/build -e '.[cli,plot,train,dev]'
 	touch $@

@@ -235,11 +235,46 @@ def doctor() -> None:
         ("python", platform.python_version()),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
         ("diffusers", diffusers.__version__),
-        ("CUDA", torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"),
         ("kernels", ops.describe_backend()),
+        *_cuda_facts(),
     ]
     for name, value in facts:
         _say(f"{name:<10} {value}")
+
+
+def _driver() -> str:
+    """Version of the NVIDIA driver, as its packages are numbered."""
+    import subprocess
+
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown (nvidia-smi does not tell)"
+    return told.stdout.partition("\n")[0].strip()
+
+
+def _cuda_facts() -> list[tuple[str, str]]:
+    """What there is to say of the GPU: device and driver, what was built, what is proven, why kernels cannot run."""
+    from rapid3rt import ops
+    from rapid3rt.ops import cuda, proven
+
+    built = cuda.info()
+    if "device" not in built:
+        return [("CUDA", f"no device, {built['reason']}")]
+    capability = "{}.{}".format(*built["capability"])
+    device = f"{built['device']}, compute capability {capability}, driver {_driver()}"
+    facts = [("CUDA", device)]
+    if built["built"]:
+        goes_to = f"the driver goes up to {built['driver']}" if built["driver"] else "no driver"
+        facts.append(("built for", f"{built['architectures']}, CUDA {built['runtime']}, {goes_to}"))
+    runs = ("runs", ops.describe_backend("cuda"))
+    if not built["available"]:
+        return [*facts, ("not usable", built["reason"]), runs]
+    found = [p for p in proven.proofs() if p.capability == built["capability"]]
+    told = [f"{', '.join(p.dtypes)} on {p.device}, driver {p.driver}, {p.commit}" for p in found]
+    nothing = f"nothing on {capability}: `make gpu-check` in a checkout proves it"
+    return [*facts, ("proven", "; ".join(told) or nothing), runs]
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

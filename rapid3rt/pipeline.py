@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rapid3rt import ops
 from rapid3rt.adapters import ADAPTERS, Adapter
 from rapid3rt.errors import StateError, UnsupportedError, check_count, check_number
@@ -85,7 +87,7 @@ def accelerate(
     check_transformer(pipe.transformer)
     if attention not in ATTENTION_MODES:
         raise ValueError(f"attention must be 'exact' or 'fast', got {attention!r}")
-    ops.choose(backend, device_type(pipe))
+    ops.require(backend, device_of(pipe))
     _check_dial(budget, speed)
     model = model_id(pipe.transformer)
     source = _resolve(policy, model, adapter.family)
@@ -388,11 +390,10 @@ def _refuse_twins(pipe: Any) -> None:
             )
 
 
-def device_type(pipe: Any) -> str:
+def device_of(pipe: Any) -> torch.device:
     """Where the transformer runs; its weights may be elsewhere while they are offloaded."""
-    device = getattr(pipe, "_execution_device", None) or pipe.transformer.device
-    kind: str = device.type
-    return kind
+    device: torch.device = getattr(pipe, "_execution_device", None) or pipe.transformer.device
+    return device
 
 
 __all__ = ["accelerate", "model_id", "report", "restore"]

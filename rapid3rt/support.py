@@ -17,7 +17,7 @@ from rapid3rt.errors import UnsupportedError
 from rapid3rt.pipeline import (
     DEFAULT_SPEED,
     bundled_policy,
-    device_type,
+    device_of,
     find_adapter,
     find_controlnet,
     model_id,
@@ -207,5 +207,8 @@ def _policy(pipe: Any) -> str:
 
 
 def _kernels(pipe: Any) -> str:
-    device = device_type(pipe)
-    return f"{ops.choose(None, device)} on {device}"
+    """What serves attention of this model, in blocks of the usual size."""
+    device, model = device_of(pipe), pipe.transformer
+    head_dim = model.config.attention_head_dim
+    chosen = ops.choose_attention(None, device, model.dtype, head_dim, 128, False)
+    return f"{chosen} on {device.type}"

@@ -15,8 +15,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import rapid3rt
-from rapid3rt import cli
+from rapid3rt import cli, ops
 from rapid3rt.cli import app
+from rapid3rt.ops import cuda, proven
 from rapid3rt.planning.trace import Trace
 from rapid3rt.tiny import ASSETS
 from rapid3rt.tiny import demo as show
@@ -231,3 +232,70 @@ def test_doctor_tells_a_wrong_backend_in_one_line(monkeypatch: pytest.MonkeyPatc
     assert result.exit_code == 0
     line = "kernels    none: RAPID3RT_BACKEND must be one of native, flex, reference, got 'bogus'"
     assert line in result.output.splitlines()
+
+
+H100 = {"device": "NVIDIA H100", "capability": (9, 0), "built": True, "architectures": "90-real"}
+H100 |= {"runtime": "13.0", "driver": "13.1", "available": True}
+
+
+@pytest.mark.parametrize(
+    ("facts", "told"),
+    [
+        (
+            H100,
+            [
+                "CUDA       NVIDIA H100, compute capability 9.0, driver 580.95.05",
+                "built for  90-real, CUDA 13.0, the driver goes up to 13.1",
+                "proven     nothing on 9.0: `make gpu-check` in a checkout proves it",
+                "runs       flex for attention",
+            ],
+        ),
+        (
+            {**H100, "available": False, "reason": "no kernels for it", "driver": None},
+            [
+                "built for  90-real, CUDA 13.0, no driver",
+                "not usable no kernels for it",
+                "runs       flex for attention",
+            ],
+        ),
+        (
+            {**H100, "built": False, "available": False, "reason": "no CUDA kernels: build"},
+            ["not usable no CUDA kernels: build", "runs       flex for attention"],
+        ),
+        (
+            {"available": False, "built": False, "reason": "torch sees no CUDA GPU"},
+            ["CUDA       no device, torch sees no CUDA GPU"],
+        ),
+    ],
+)
+def test_doctor_tells_what_a_gpu_has_and_what_would_help(
+    facts: dict[str, Any], told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "info", lambda: facts)
+    monkeypatch.setattr(cli, "_driver", lambda: "580.95.05")
+    monkeypatch.setattr(proven, "proofs", tuple)
+    monkeypatch.setattr(ops, "describe_backend", lambda _="cpu": "flex for attention")
+    lines = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "40"}).output.splitlines()
+    assert [line for line in lines if line in told] == told
+
+
+def test_doctor_names_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    proof = proven.Proof(
+        capability=(9, 0), dtypes=("bfloat16",), device="NVIDIA H200", driver="580.1",
+        torch="2.11.0", commit="0123abc",
+    )  # fmt: skip
+    monkeypatch.setattr(cuda, "info", lambda: H100)
+    monkeypatch.setattr(cli, "_driver", lambda: "580.1")
+    monkeypatch.setattr(proven, "proofs", lambda: (proof,))
+    output = CliRunner().invoke(app, ["doctor"]).output
+    assert "proven     bfloat16 on NVIDIA H200, driver 580.1, 0123abc" in output.splitlines()
+
+
+def test_a_driver_that_nobody_names_is_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cli._driver() == "unknown (nvidia-smi does not tell)"
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 580.95.05\necho 580.95.05\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert cli._driver() == "580.95.05"

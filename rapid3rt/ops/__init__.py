@@ -3,19 +3,22 @@
 
 Every op is for inference: inputs that require a gradient while gradients are enabled are refused, and so are those
 that carry a tangent of forward-mode differentiation. `backend` is "native", "flex" or "reference", None for
-RAPID3RT_BACKEND and then the best there is; an explicit choice that is not available raises UnsupportedError. Wrong
-shapes, dtypes, devices and layouts raise ValueError, and so do, on the CPU, ids out of range. Tensors are float32,
-bfloat16 or float16 unless said otherwise; inputs of any layout are taken, and copied where a kernel needs them
-contiguous.
+RAPID3RT_BACKEND and then the best there is (`rapid3rt.ops.backends` says which); an explicit choice that is not
+available raises UnsupportedError. Only attention has a flex backend: under it the other ops take the best there is.
+Wrong shapes, dtypes, devices and layouts raise ValueError, and so do, on the CPU, ids out of range. Tensors are
+float32, bfloat16 or float16 unless said otherwise; inputs of any layout are taken, and copied where a kernel needs
+them contiguous.
 Letters: R rows, S slots, O orders, I tokens, D width, H heads, N tokens, K head dim, Mq / Mk query / key blocks.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from rapid3rt.ops import checks, library, reference
-from rapid3rt.ops.backends import BACKENDS, choose, describe_backend
+from rapid3rt.ops import checks, flex, library, reference
+from rapid3rt.ops.backends import BACKENDS, choose, choose_attention, describe_backend, require
 from rapid3rt.ops.native import info
 
 __all__ = [
@@ -26,14 +29,17 @@ __all__ = [
     "cache_lookup",
     "cache_lookup_norm",
     "cache_store",
+    "choose_attention",
     "describe_backend",
-    "choose",
     "gate_residual",
     "gather_rows",
     "info",
     "norm_modulate",
+    "require",
     "scatter_rows",
 ]
+
+_ATTENTION: dict[str, Any] = {"native": library, "flex": flex, "reference": reference}
 
 
 def gather_rows(x: torch.Tensor, rows: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
@@ -42,7 +48,7 @@ def gather_rows(x: torch.Tensor, rows: torch.Tensor, *, backend: str | None = No
     if x.dim() < 1:
         raise ValueError(f"x must have at least 1 dimension, got shape {tuple(x.shape)}")
     checks.expect_rows("rows", rows, x.device)
-    if choose(backend, x.device.type) == "native":
+    if choose(backend, x.device, x.dtype) == "native":
         return library.gather_rows(x, rows)  # type: ignore[no-any-return]
     return reference.gather_rows(x, rows)
 
@@ -61,7 +67,7 @@ def scatter_rows(
     checks.expect_rows("rows", rows, out.device)
     checks.expect("x", x, (rows.shape[0], *out.shape[1:]), out.dtype, out.device)
     checks.expect_contiguous("out", out)
-    if choose(backend, x.device.type) == "native":
+    if choose(backend, x.device, x.dtype) == "native":
         library.scatter_rows(out, x, rows)
     else:
         reference.scatter_rows(out, x, rows)
@@ -84,7 +90,7 @@ def cache_lookup(
     """
     checks.no_gradient("cache_lookup", embedded, slots, coef)
     checks.expect_cache(embedded, slots, slot, coef, "coef")
-    if choose(backend, embedded.device.type) == "native":
+    if choose(backend, embedded.device, embedded.dtype) == "native":
         return library.cache_lookup(embedded, slots, slot, coef)  # type: ignore[no-any-return]
     return reference.cache_lookup(embedded, slots, slot, coef)
 
@@ -111,7 +117,7 @@ def cache_lookup_norm(
     per_row = (embedded.shape[0], embedded.shape[2])
     checks.expect("scale", scale, per_row, embedded.dtype, embedded.device)
     checks.expect("shift", shift, per_row, embedded.dtype, embedded.device)
-    native = choose(backend, embedded.device.type) == "native"
+    native = choose(backend, embedded.device, embedded.dtype) == "native"
     op = library.cache_lookup_norm if native else reference.cache_lookup_norm
     return op(embedded, slots, slot, coef, scale, shift, eps)
 
@@ -145,7 +151,7 @@ def cache_store(
     checks.expect_cache(embedded, slots, slot, gap, "gap")
     checks.expect("out", out, embedded.shape, embedded.dtype, embedded.device)
     checks.expect_contiguous("slots", slots)
-    if choose(backend, embedded.device.type) == "native":
+    if choose(backend, embedded.device, embedded.dtype) == "native":
         return library.cache_store(slots, out, embedded, slot, gap)  # type: ignore[no-any-return]
     return reference.cache_store(slots, out, embedded, slot, gap)
 
@@ -177,7 +183,7 @@ def norm_modulate(
         checks.expect("weight", weight, width, x.dtype, x.device)
     if bias is not None:
         checks.expect("bias", bias, width, x.dtype, x.device)
-    native = choose(backend, x.device.type) == "native"
+    native = choose(backend, x.device, x.dtype) == "native"
     op = library.norm_modulate if native else reference.norm_modulate
     return op(x, scale, shift, weight, bias, eps, rms)
 
@@ -191,7 +197,7 @@ def gate_residual(
     checks.expect("y", y, residual.shape, residual.dtype, residual.device)
     per_row = (residual.shape[0], residual.shape[2])
     checks.expect("gate", gate, per_row, residual.dtype, residual.device)
-    if choose(backend, y.device.type) == "native":
+    if choose(backend, y.device, y.dtype) == "native":
         return library.gate_residual(residual, gate, y)  # type: ignore[no-any-return]
     return reference.gate_residual(residual, gate, y)
 
@@ -233,7 +239,7 @@ def build_block_lists(
         raise ValueError(
             f"text_start and text_len must lie within {q.shape[2]} tokens, got {text_start} and {text_len}"
         )
-    native = choose(backend, q.device.type) == "native"
+    native = choose(backend, q.device, q.dtype) == "native"
     op = library.build_block_lists if native else reference.build_block_lists
     return op(q, k, keep, text_start, text_len, block_q, block_kv, scale)
 
@@ -271,9 +277,10 @@ def block_sparse_attention(
     checks.no_gradient("block_sparse_attention", q, k, v)
     lists = (mode, count, index, order, kv_len)
     checks.expect_attention(q, k, v, lists, block_q, block_kv)
-    native = choose(backend, q.device.type) == "native"
-    op = library.block_sparse_attention if native else reference.block_sparse_attention
-    return op(q, k, v, *lists, block_q, block_kv, scale, lse)
+    chosen = choose_attention(backend, q.device, q.dtype, q.shape[3], block_q, lse)
+    return _ATTENTION[chosen].block_sparse_attention(  # type: ignore[no-any-return]
+        q, k, v, *lists, block_q, block_kv, scale, lse
+    )
 
 
 def block_sparse_attention_(
@@ -310,6 +317,5 @@ def block_sparse_attention_(
     if lse is not None:
         checks.expect("lse", lse, q.shape[:3], torch.float32, q.device)
         checks.expect_contiguous("lse", lse)
-    native = choose(backend, q.device.type) == "native"
-    op = library.block_sparse_attention_ if native else reference.block_sparse_attention_
-    op(out, lse, q, k, v, *lists, block_q, block_kv, scale)
+    chosen = choose_attention(backend, q.device, q.dtype, q.shape[3], block_q, lse is not None)
+    _ATTENTION[chosen].block_sparse_attention_(out, lse, q, k, v, *lists, block_q, block_kv, scale)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Registers every op with torch.library, so that torch.compile, CUDA graphs and opcheck know them.
 
-Schemas are binding. The CPU kernels are those of `native`; fakes give shapes alone. The overloads at the end are bound
-once: looking them up by name costs more than a small call.
+Schemas are binding. The kernels of both devices are those of `native`; fakes give shapes alone. The overloads at the
+end are bound once: looking them up by name costs more than a small call.
 """
 
 from __future__ import annotations
@@ -119,11 +119,38 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "scatter_rows": _fake_nothing,
 }
 
+
+def _on_one_device(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
+    """The op behind a check: a kernel that is handed an address of another device would read what is not there."""
+
+    def call(*arguments: Any) -> Any:
+        devices = {a.device for a in arguments if isinstance(a, torch.Tensor)}
+        if len(devices) > 1:
+            found = " and ".join(sorted(map(str, devices)))
+            raise ValueError(f"{name} must have all tensors on one device, got {found}")
+        return op(*arguments)
+
+    return call
+
+
+def register(
+    library: torch.library.Library,
+    name: str,
+    like: str,
+    cpu: Callable[..., Any],
+    gpu: Callable[..., Any],
+) -> None:
+    """Define an op with the schema and the fake of the one it is like. cpu, gpu: what serves each."""
+    library.define(name + SCHEMAS[like], tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, cpu, "CPU")
+    library.impl(name, gpu, "CUDA")
+    torch.library.register_fake(f"rapid3rt::{name}", _FAKES[like], lib=library)
+
+
 _library = torch.library.Library("rapid3rt", "DEF")
-for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, getattr(native, _name), "CPU")
-    torch.library.register_fake(f"rapid3rt::{_name}", _FAKES[_name], lib=_library)
+for _name in SCHEMAS:
+    _kernel = getattr(native, _name)
+    register(_library, _name, _name, _kernel, _on_one_device(_name, _kernel))
 
 block_sparse_attention = torch.ops.rapid3rt.block_sparse_attention.default
 block_sparse_attention_ = torch.ops.rapid3rt.block_sparse_attention_.default

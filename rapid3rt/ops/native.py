@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The native backend: hands addresses, sizes and strides of tensors to the torch-free module `_cpu`.
+"""The native backend: hands addresses, sizes and strides of tensors to the torch-free modules `_cpu` and `_cuda`.
 
-Nothing is checked here but layouts that the kernels rely on, and that what is written is not read as well: a compiled
-graph has no addresses before it runs. `rapid3rt.ops` checks what callers pass. Why the module is missing, if it is,
-is kept and told. A call that computes no value goes to the reference, which checks its ids.
+Every op prepares its call in the same way for both; `_run` sends it to the module of the device, and
+`rapid3rt.ops.cuda` adds what a GPU needs. Nothing is checked here but layouts that the kernels rely on, and that what
+is written is not read as well: a compiled graph has no addresses before it runs. `rapid3rt.ops` checks what callers
+pass. Why a module is missing, if it is, is kept and told. A call that computes no value goes to the reference, which
+checks its ids on the CPU.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 
 from rapid3rt import envs
 from rapid3rt.errors import UnsupportedError
-from rapid3rt.ops import checks, reference
+from rapid3rt.ops import checks, cuda, reference
 
 # The same numbers stand in csrc/include/rapid3rt/dtype.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -51,6 +53,8 @@ def missing_reason(device_type: str) -> str | None:
         if _wrong_isa:
             raise ValueError(_missing)
         return _missing
+    if device_type == "cuda":
+        return cuda.missing_reason()
     return f"this build has no native kernels for device {device_type!r}"
 
 
@@ -79,6 +83,14 @@ def _module() -> Any:
     return _cpu
 
 
+def _run(name: str, on: torch.Tensor, *arguments: Any) -> None:
+    """Call the kernel of the device that a tensor is on; all others are on it too."""
+    if on.is_cuda:
+        cuda.run(name, on.device, arguments)
+    else:
+        getattr(_module(), name)(*arguments, _num_threads())
+
+
 def _address(x: torch.Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
@@ -88,9 +100,10 @@ def gather_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     x, rows = x.contiguous(), rows.contiguous()
     out = x.new_empty((rows.shape[0], *x.shape[1:]))
     num_rows, num_bytes = rows.shape[0], out.numel() * x.element_size()
-    if num_rows:  # rows of no bytes too: their ids are checked
-        _module().gather_rows(
-            out.data_ptr(), x.data_ptr(), rows.data_ptr(), num_rows, x.shape[0], num_bytes // num_rows, _num_threads()
+    if num_bytes or (num_rows and not x.is_cuda):  # on the CPU ids of rows of no bytes are checked
+        _run(
+            "gather_rows", x,
+            out.data_ptr(), x.data_ptr(), rows.data_ptr(), num_rows, x.shape[0], num_bytes // num_rows
         )  # fmt: skip
     return out
 
@@ -100,9 +113,10 @@ def scatter_rows(out: torch.Tensor, x: torch.Tensor, rows: torch.Tensor) -> None
     checks.expect_apart("out", out, x=x, rows=rows)
     x, rows = x.contiguous(), rows.contiguous()
     num_rows, num_bytes = rows.shape[0], x.numel() * x.element_size()
-    if num_rows:
-        _module().scatter_rows(
-            out.data_ptr(), x.data_ptr(), rows.data_ptr(), num_rows, out.shape[0], num_bytes // num_rows, _num_threads()
+    if num_bytes or (num_rows and not x.is_cuda):
+        _run(
+            "scatter_rows", out,
+            out.data_ptr(), x.data_ptr(), rows.data_ptr(), num_rows, out.shape[0], num_bytes // num_rows
         )  # fmt: skip
 
 
@@ -142,10 +156,11 @@ def _lookup(
     embedded, slots, slot, coef = (t.contiguous() for t in (embedded, slots, slot, coef))
     out = torch.empty_like(embedded)
     num_rows, num_tokens, width = embedded.shape
-    _module().cache_lookup(
+    _run(
+        "cache_lookup", embedded,
         out.data_ptr(), embedded.data_ptr(), slots.data_ptr(), slot.data_ptr(), coef.data_ptr(),
         _address(scale), _address(shift), eps, num_rows, slots.shape[0], slots.shape[1], num_tokens, width,
-        DTYPES[embedded.dtype], _num_threads(),
+        DTYPES[embedded.dtype],
     )  # fmt: skip
     return out
 
@@ -164,9 +179,10 @@ def cache_store(
     out, embedded, slot, gap = (t.contiguous() for t in (out, embedded, slot, gap))
     num_rows, num_tokens, width = embedded.shape
     stats = embedded.new_empty((num_rows, 3), dtype=torch.float32)
-    _module().cache_store(
+    _run(
+        "cache_store", slots,
         stats.data_ptr(), slots.data_ptr(), out.data_ptr(), embedded.data_ptr(), slot.data_ptr(), gap.data_ptr(),
-        num_rows, slots.shape[0], slots.shape[1], num_tokens, width, DTYPES[embedded.dtype], _num_threads(),
+        num_rows, slots.shape[0], slots.shape[1], num_tokens, width, DTYPES[embedded.dtype],
     )  # fmt: skip
     return stats
 
@@ -185,9 +201,10 @@ def norm_modulate(
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     out = torch.empty_like(x)
     if out.numel():
-        _module().norm_modulate(
+        _run(
+            "norm_modulate", x,
             out.data_ptr(), x.data_ptr(), scale.data_ptr(), shift.data_ptr(), _address(weight), _address(bias),
-            eps, rms, *x.shape, DTYPES[x.dtype], _num_threads(),
+            eps, rms, *x.shape, DTYPES[x.dtype],
         )  # fmt: skip
     return out
 
@@ -197,9 +214,9 @@ def gate_residual(residual: torch.Tensor, gate: torch.Tensor, y: torch.Tensor) -
     residual, gate, y = (t.contiguous() for t in (residual, gate, y))
     out = torch.empty_like(residual)
     if out.numel():
-        _module().gate_residual(
+        _run(
+            "gate_residual", residual,
             out.data_ptr(), residual.data_ptr(), gate.data_ptr(), y.data_ptr(), *y.shape, DTYPES[y.dtype],
-            _num_threads(),
         )  # fmt: skip
     return out
 
@@ -223,10 +240,11 @@ def build_block_lists(
     index = q.new_empty((num_rows, num_heads, num_q, num_kv), dtype=torch.int32)
     order = q.new_empty(num_rows * num_heads * num_q, dtype=torch.int32)
     if order.numel():
-        _module().build_block_lists(
+        _run(
+            "build_block_lists", q,
             mode.data_ptr(), count.data_ptr(), index.data_ptr(), order.data_ptr(), q.data_ptr(), k.data_ptr(),
             keep.data_ptr(), q.stride()[:3], k.stride()[:3], q.shape, text_start, text_len, block_q, block_kv, scale,
-            DTYPES[q.dtype], _num_threads(),
+            DTYPES[q.dtype],
         )  # fmt: skip
     return mode, count, index, order
 
@@ -303,12 +321,13 @@ def _attend(
         for t in (count, index)
     )
     no_strides = (0, 0, 0)
-    _module().block_sparse_attention(
+    _run(
+        "block_sparse_attention", q,
         out.data_ptr(), _address(lse), q.data_ptr(), k.data_ptr(), v.data_ptr(), mode.data_ptr(),
         _address(count), _address(index), _address(order), _address(kv_len),
         out.stride()[:3], q.stride()[:3], k.stride()[:3], v.stride()[:3],
         no_strides if index is None else index.stride()[:3],
         no_strides[:2] if count is None else count.stride()[:2],
         (*q.shape[:3], k.shape[2], q.shape[3]), *blocks, 0 if index is None else index.shape[-1], scale, allow_skip,
-        DTYPES[q.dtype], _num_threads(),
+        DTYPES[q.dtype],
     )  # fmt: skip

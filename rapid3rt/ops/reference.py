@@ -250,10 +250,7 @@ def block_sparse_attention(
     num_rows, num_heads, len_q, head_dim = q.shape
     out = q.new_empty((num_rows, len_q, num_heads, head_dim)).transpose(1, 2)
     sums = _float32_empty(q, (num_rows, num_heads, len_q) if lse else (0,))
-    if _can_read(mode) and bool((mode == SKIP).any()):
-        raise ValueError(
-            "mode must be 0 or 1 in the functional form, got 2 (skip); use block_sparse_attention_"
-        )
+    refuse_skip(mode)
     lists = (mode, count, index, order, kv_len)
     block_sparse_attention_(out, sums if lse else None, q, k, v, *lists, block_q, block_kv, scale)
     return out, sums
@@ -286,9 +283,7 @@ def block_sparse_attention_(
     ValueError: lists out of range (CPU); one of q, k, v, lse within the memory of out or lse.
     """
     checks.expect_attention_apart(out, lse, q, k, v)
-    if order is not None:  # only tells kernels where to begin
-        _check_ids("order", order, order.shape[0], unique=True)
-    _check_lists(mode, count, index, kv_len, -(-k.shape[2] // block_kv), k.shape[2])
+    check_lists(mode, count, index, order, kv_len, -(-k.shape[2] // block_kv), k.shape[2])
     work = torch.promote_types(q.dtype, torch.float32)
     for row in range(q.shape[0]):
         for head in range(q.shape[1]):
@@ -409,16 +404,28 @@ def _check_ids(name: str, ids: torch.Tensor, limit: int, *, unique: bool) -> Non
             raise ValueError(f"{name} must be unique, got {int(kept[times > 1][0])} twice")
 
 
-def _check_lists(
+def refuse_skip(mode: torch.Tensor) -> None:
+    """Raise ValueError where a mode is 2 (CPU): the functional form has no bytes to keep."""
+    if _can_read(mode) and bool((mode == SKIP).any()):
+        raise ValueError(
+            "mode must be 0 or 1 in the functional form, got 2 (skip); use block_sparse_attention_"
+        )
+
+
+def check_lists(
     mode: torch.Tensor,
     count: torch.Tensor | None,
     index: torch.Tensor | None,
+    order: torch.Tensor | None,
     kv_len: torch.Tensor | None,
     num_kv: int,
     len_kv: int,
 ) -> None:
+    """Raise ValueError where what attention reads of its lists is out of range (CPU). num_kv: Mk, len_kv: Nk."""
     if not _can_read(mode):
         return
+    if order is not None:  # only tells kernels where to begin
+        _check_ids("order", order, order.shape[0], unique=True)
     if kv_len is not None and bool(((kv_len < 0) | (kv_len > len_kv)).any()):
         raise ValueError(f"kv_len must be in [0, {len_kv}], got {kv_len.tolist()}")
     if bool((mode > SKIP).any()):

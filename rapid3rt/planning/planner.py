@@ -91,10 +91,11 @@ class Plan:
         )
 
 
-BAD_SIGMA, BAD_ORDER, BAD_POINT = 1, 2, 3
+BAD_SIGMA, BAD_ORDER, BAD_POINT, BAD_WEIGHTS = 1, 2, 3, 4
 _BAD = {
     BAD_SIGMA: ("next_sigma", "a number, got nan"),
-    BAD_ORDER: ("order", "0 (auto), 1 (Euler) or 2 (Adams-Bashforth), got another"),
+    BAD_ORDER: ("order", "0 (auto), 1 (Euler), 2 (Adams-Bashforth) or 3 (fitted), got another"),
+    BAD_WEIGHTS: ("weights", "finite numbers where order is 3 (fitted), got none or others"),
     BAD_POINT: (
         "next_sigma",
         "the next of the run's own grid (where the scheduler steps: at order 1), got another",
@@ -110,7 +111,7 @@ def plan(
     Parameters
     ----------
     decision: as the policy gave it, budget and forced computes applied.
-    done: bool `[B]`. bad: int32 `[B]`, BAD_SIGMA, BAD_ORDER or BAD_POINT where the last step decision was that.
+    done: bool `[B]`. bad: int32 `[B]`, BAD_... where the last step decision was that.
     policy_name: for the error messages.
 
     Raises

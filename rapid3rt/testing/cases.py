@@ -269,7 +269,9 @@ def _attention(
     return _attention_case(name, geometry, density, make, bench)
 
 
-def _real_attention(label: str, geometry: Heads, density: float) -> Case:
+def real_attention(label: str, geometry: Heads, density: float) -> Case:
+    """Attention of a real model over lists such as `build_block_lists` makes, at a density of computed pairs."""
+
     def make(g: torch.Generator, dtype: torch.dtype) -> tuple[Any, ...]:
         q, k, v = packed_heads(g, dtype, geometry)
         mode = torch.full((geometry.rows, geometry.heads), int(density < 1), dtype=torch.uint8)
@@ -279,6 +281,12 @@ def _real_attention(label: str, geometry: Heads, density: float) -> Case:
 
     name = f"{label}{geometry} density {density}"
     return _attention_case(name, geometry, density, make, bench=True)
+
+
+def real_lists(label: str, geometry: Heads) -> Case:
+    """Lists of a real model that keep a quarter of the image's blocks."""
+    keep = -(-geometry.image // (4 * geometry.block))
+    return _block_lists(geometry, (keep,), bench=True, label=label)
 
 
 def _attention_in_place(geometry: Heads, density: float) -> Case:
@@ -373,12 +381,11 @@ def _real_cases() -> Iterator[Case]:
         for block in (64, 128):
             sized = replace(geometry, block=block)
             for density in (1.0, 0.5, 0.25):
-                yield _real_attention(label, sized, density)
-            keep = -(-geometry.image // (4 * block))
-            yield _block_lists(sized, (keep,), bench=True, label=label)
+                yield real_attention(label, sized, density)
+            yield real_lists(label, sized)
     for geometry in SHORT:
         for density in (1.0, 0.5, 0.25):
-            yield _real_attention("short ", geometry, density)
+            yield real_attention("short ", geometry, density)
     for label, width in (("flux ", 3072), ("sd3 ", 1536)):
         tokens = 4096
         yield _gather((4, tokens, width), 2, bench=True, label=label)

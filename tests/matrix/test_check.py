@@ -30,7 +30,7 @@ from makers import (
 )
 
 import rapid3rt
-from rapid3rt.ops import backends
+from rapid3rt.ops import backends, native
 
 FAMILIES = {"sd3": "sd3", "sd35": "sd3", "dev": "flux", "schnell": "flux"}
 FAMILIES |= {"flux2": "flux2", "klein": "flux2", "qwen": "qwen"}
@@ -276,11 +276,13 @@ def test_what_only_holds_the_parts_of_a_pipeline_is_not_supported() -> None:
     )
 
 
-@pytest.mark.parametrize("backend", ["flex", "bogus"])
+@pytest.mark.parametrize("backend", ["native", "bogus"])
 def test_a_backend_of_the_environment_that_is_not_there_is_told(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.setattr(native, "_cpu", None)
+    monkeypatch.setattr(native, "_missing", "module rapid3rt._cpu cannot be loaded")
     monkeypatch.setenv("RAPID3RT_BACKEND", backend)
     answer = rapid3rt.check(shared(make, "sd3"))
     assert not answer.supported

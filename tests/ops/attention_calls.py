@@ -44,7 +44,7 @@ def masked_sdpa(arguments: Arguments) -> torch.Tensor:
     mask = listed_mask(arguments).repeat_interleave(block_q, 2).repeat_interleave(block_kv, 3)
     mask = mask[:, :, : q.shape[2], : k.shape[2]]
     if kv_len is not None:
-        mask = mask & (torch.arange(k.shape[2]) < kv_len[:, None, None, None])
+        mask = mask & (torch.arange(k.shape[2], device=k.device) < kv_len[:, None, None, None])
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).nan_to_num(0.0)
 
 
