@@ -15,7 +15,9 @@ import torch
 COMPUTE, REUSE, FORECAST_1, FORECAST_2 = 0, 1, 2, 3
 ACTION_NAMES = ("compute", "reuse", "forecast_1", "forecast_2")
 RUNNABLE_ACTIONS = ACTION_NAMES[:2]
-AUTO, EULER, ADAMS_BASHFORTH = 0, 1, 2
+AUTO, EULER, ADAMS_BASHFORTH, FITTED = 0, 1, 2, 3
+NUM_WEIGHTS = 4
+"""Of a fitted step: of v, x, v - v' and v' - v''."""
 ATTENTION_MODES = ("exact", "fast")
 
 
@@ -102,21 +104,24 @@ class StepDecision:
     """After the forward. next_sigma: float32 `[B]`.
 
     order: int8 `[B]`, 1 Euler (also when None), 2 Adams-Bashforth, 0 (AUTO) as much of order 2 as is stable for the
-    image here (`runtime.solver`).
+    image here, 3 (FITTED) by `weights` (`runtime.solver`). weights: float32 `[B, NUM_WEIGHTS]`,
+    read where order is FITTED, which asks for it.
     """
 
     next_sigma: torch.Tensor
     order: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
 
 @runtime_checkable
 class Policy(Protocol):
     """Structural: any object with these three methods. No base class is required.
 
-    Five optional attributes are read where they exist: `name` (str, shown in the report), `grid_steps` (int: the
+    Six optional attributes are read where they exist: `name` (str, shown in the report), `grid_steps` (int: the
     scheduler is set to that many steps instead of the pipeline's number), `leaves_grid` (bool, default True: may
     answer a next_sigma other than the next grid point), `reuses` (bool, default True: may answer REUSE; False
-    saves the memory of the residuals) and `costs` (`ActionCosts`, of the actions, where they were measured).
+    saves the memory of the residuals), `costs` (`ActionCosts`, of the actions, where they were measured) and `notes`
+    (sentences for the report, of the run that has begun).
     """
 
     def begin(self, run: Run) -> None:

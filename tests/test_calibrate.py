@@ -60,11 +60,21 @@ def test_calibration_finds_a_better_grid_and_resumes(
     assert folder.costs.measured
     assert folder.costs.reuse < 0.5 < folder.costs.levels[0]
     measured = json.loads((tmp_path / "policy" / "measurements.json").read_text())
-    pairs = {key: len(value["errors"]) for key, value in measured.items() if " k=" in key}
+    fits = {key for key in measured if key.startswith("fit ")}
+    assert len(fits) == 4  # k of 4, 5, 6 and 8: the first prompt is fitted, the second one judges
+    pairs = {
+        key: len(value["errors"])
+        for key, value in measured.items()
+        if " k=" in key and key not in fits
+    }
     searched = [number for key, number in pairs.items() if key.endswith("first=1")]
     assert len(searched) >= SETTINGS["evaluations"]
     assert set(searched) == {1}
-    assert {pairs[key] for key in pairs if not key.endswith("first=1")} == {2}
+    judged = {key for key in pairs if key.endswith("pairs=1")}
+    assert len(judged) == 2 * len(fits)
+    assert {pairs[key] for key in judged} == {1}
+    others = {key for key in pairs if not key.endswith("first=1")} - judged
+    assert {pairs[key] for key in others} == {2}
     calls = 0
     real = type(pipe).__call__
 

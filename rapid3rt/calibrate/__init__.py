@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fit a pipeline's own sigma grid, order and allocation from a dozen prompts; measure what every action costs here.
+"""Fit a pipeline's own sigma grid, steps and allocation from a dozen prompts; measure what every action costs here.
 
-The grid is a family: one monotone warp of u, good for every number of evaluations (METHOD.md, section 6 c). On top of
-it every image gets its own number, by the detail it is going to show. Errors are mean squared, of decoded images to the
-converged solution of the same noise. Nothing is trained. Every measurement goes to a file in the output folder, so an
+The grid is a family: one monotone warp of u, good for every number of evaluations (METHOD.md, section 6 c). On it every
+step of every number of evaluations gets weights of its own (`fitting`). On top of that every image gets its own number,
+by the detail it is going to show. Errors are mean squared, of decoded images to the converged solution of the same
+noise. No gradient passes through the model. Every measurement goes to a file in the output folder, so an
 interrupted call goes on where it was.
 """
 
@@ -18,6 +19,7 @@ import torch
 
 from rapid3rt.calibrate.allocate import allocate
 from rapid3rt.calibrate.arguments import check_call
+from rapid3rt.calibrate.fitting import fit
 from rapid3rt.calibrate.measure import Bench, error_profile
 from rapid3rt.calibrate.search import FEWEST_TICKS, search
 from rapid3rt.calibrate.table import before_and_after, format_table, plot
@@ -87,6 +89,7 @@ def calibrate(
     )
     family = search(bench, evaluations)
     family = replace(family, error_profile=error_profile(bench.walk(family)))
+    family = replace(family, fit=fit(bench, family))
     schedule, allocated = allocate(bench, family)
     costs = bench.costs()
     table = before_and_after(bench, schedule, allocated)

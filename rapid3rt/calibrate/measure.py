@@ -80,8 +80,8 @@ class Bench:
         self.path = out / "measurements.json"
         self.values: dict[str, Any] = self._load()
         self._reference: torch.Tensor | None = None
-        probed = self.remember("family and shift", self._probe)
-        self.family_name, self.shift = str(probed[0]), float(probed[1])
+        described = self.remember("family and shift", self._describe)
+        self.family_name, self.shift = str(described[0]), float(described[1])
 
     def _load(self) -> dict[str, Any]:
         if not self.path.exists():
@@ -106,8 +106,27 @@ class Bench:
             write_document(self.path, self.values)
         return self.values[key]
 
-    def _probe(self) -> list[Any]:
-        """Family and shift of a run, as the runtime sees them: one tick of one image."""
+    def keep(
+        self, name: str, make: Callable[[], Mapping[str, torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
+        """Tensors of a file of this name, made where there is none of this calibration."""
+        path = self.out / f"{name}.safetensors"
+        if path.exists():
+            with safe_open(path, "pt") as stored:
+                if (stored.metadata() or {}).get("calibration") == self.key:
+                    return {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+        tensors = {key: tensor.contiguous() for key, tensor in make().items()}
+        scratch = path.with_name(f".{path.name}")
+        save_file(tensors, scratch, metadata={"calibration": self.key})
+        scratch.replace(path)
+        return tensors
+
+    def _describe(self) -> list[Any]:
+        run = self.probe()
+        return [run.family, run.shift]
+
+    def probe(self) -> Run:
+        """A run of these calls as policies see it: one tick of one image."""
         seen: list[Run] = []
 
         class Probe(Steps):
@@ -116,20 +135,27 @@ class Bench:
                 super().begin(run)
 
         with accelerated(self.pipe, Probe(1, trim=True)):
-            self._call(self.prompts[:1], [0], 1, output_type="latent")
-        return [seen[0].family, seen[0].shift]
+            self.generate([0], self.steps, output_type="latent")
+        return seen[0]
 
-    def _call(self, prompts: list[str], noises: list[int], steps: int, **kwargs: Any) -> Any:
+    def batches(self, pairs: Sequence[int]) -> list[Sequence[int]]:
+        """Pairs as they are called."""
+        size = self.batch_size
+        return [pairs[start : start + size] for start in range(0, len(pairs), size)]
+
+    def generate(self, pairs: Sequence[int], steps: int, **kwargs: Any) -> Any:
+        """What the pipeline makes of pairs in one batch. kwargs: beside, and in place of, the calibration's own."""
         bars = dict(getattr(self.pipe, "_progress_bar_config", {}))
         self.pipe.set_progress_bar_config(disable=True)
         try:
-            generators = [torch.Generator().manual_seed(self.seed * 1_000_003 + i) for i in noises]
+            generators = [torch.Generator().manual_seed(self.seed * 1_000_003 + i) for i in pairs]
             arguments = {
                 **self.call,
                 "num_inference_steps": steps,
                 "generator": generators,
                 **kwargs,
             }
+            prompts = [self.prompts[i % len(self.prompts)] for i in pairs]
             return self.pipe(prompts, **arguments).images
         finally:
             self.pipe.set_progress_bar_config(**bars)
@@ -147,31 +173,25 @@ class Bench:
         calibration's own.
         """
         wanted = list(range(len(self.prompts)) if pairs is None else pairs)
-        starts = range(0, len(wanted), self.batch_size)
+        batches = self.batches(wanted)
         chunks: list[torch.Tensor] = []
         spent: list[int] = []
-        for start in tqdm(starts, desc=description, disable=not (self.progress and description)):
-            noises = wanted[start : start + self.batch_size]
-            prompts = [self.prompts[i] for i in noises]
+        for batch in tqdm(batches, desc=description, disable=not (self.progress and description)):
             chunks.append(
-                self._call(prompts, noises, steps, output_type="pt", **call).float().cpu() * 2 - 1
+                self.generate(batch, steps, output_type="pt", **call).float().cpu() * 2 - 1
             )
             spent += [image.nfe for image in report(self.pipe).images]
         return torch.cat(chunks), spent
 
     def reference(self) -> torch.Tensor:
         """The converged solutions, made once and kept beside the measurements."""
-        path = self.out / "references.safetensors"
-        if self._reference is None and path.exists():
-            with safe_open(path, "pt") as stored:
-                if (stored.metadata() or {}).get("calibration") == self.key:
-                    self._reference = stored.get_tensor("images")
         if self._reference is None:
-            with accelerated(self.pipe, Steps(REFERENCE_STEPS, trim=True, order=AUTO)):
-                self._reference, _ = self.images(REFERENCE_STEPS, "converged solutions")
-            images = {"images": self._reference.contiguous()}
-            save_file(images, path, metadata={"calibration": self.key})
+            self._reference = self.keep("references", self._converge)["images"]
         return self._reference
+
+    def _converge(self) -> dict[str, torch.Tensor]:
+        with accelerated(self.pipe, Steps(REFERENCE_STEPS, trim=True, order=AUTO)):
+            return {"images": self.images(REFERENCE_STEPS, "converged solutions")[0]}
 
     def errors(
         self, policy: Policy, k: int, key: str, *, pairs: Sequence[int] | None = None
@@ -213,7 +233,7 @@ class Bench:
         self, family: WarpFamily, k: int, *, pairs: Sequence[int] | None = None
     ) -> torch.Tensor:
         """`errors` of a family, every image at k."""
-        return self.errors(ScheduleFamily(family, budget=k), k, _key(family), pairs=pairs)
+        return self.errors(ScheduleFamily(family, budget=k), k, family_key(family), pairs=pairs)
 
     def walk(self, family: WarpFamily) -> list[Stop]:
         """Where the images of a family's long walk stop, u falling."""
@@ -224,7 +244,7 @@ class Bench:
                 self.images(self.steps)
             return recorder.stops()
 
-        return [Stop(*stop) for stop in self.remember(f"walk {_key(family)}", measure)]
+        return [Stop(*stop) for stop in self.remember(f"walk {family_key(family)}", measure)]
 
     def tilts(self, family: WarpFamily) -> tuple[float | None, list[tuple[float, float]]]:
         """The calls' guidance scale, and by how much its logarithm lifts the mean detail: pairs (u, lift), u rising.
@@ -252,7 +272,7 @@ class Bench:
             ]
             return [weak.guidance, sorted(lifts)]
 
-        scale, lifts = self.remember(f"tilts {_key(family)}", measure)
+        scale, lifts = self.remember(f"tilts {family_key(family)}", measure)
         return scale, [(u, lift) for u, lift in lifts]
 
     def costs(self) -> ActionCosts:
@@ -261,8 +281,7 @@ class Bench:
         return ActionCosts(**{**stored, "levels": tuple(stored["levels"])})
 
     def _measure_costs(self) -> dict[str, Any]:
-        prompts = [self.prompts[i % len(self.prompts)] for i in range(COST_BATCH)]
-        noises, steps = list(range(COST_BATCH)), self.steps
+        pairs, steps = range(COST_BATCH), self.steps
         stamps: list[float] = []
 
         def stamp(_pipe: Any, _step: int, _t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -271,7 +290,7 @@ class Bench:
 
         def ticks_of(policy: Any) -> float:
             with accelerated(self.pipe, policy):
-                self._call(prompts, noises, steps, output_type="latent")
+                self.generate(pairs, steps, output_type="latent")
                 return median((report(self.pipe).trace.tick_ms or (math.nan,))[1:-1])
 
         sigmas = [shift_sigma(1 - j / steps, self.shift) for j in range(steps)]
@@ -289,7 +308,7 @@ class Bench:
         bar = tqdm(range(3), desc="cost of actions", disable=not self.progress)
         for _ in bar:
             stamps.clear()
-            self._call(prompts, noises, steps, output_type="latent", callback_on_step_end=stamp)
+            self.generate(pairs, steps, output_type="latent", callback_on_step_end=stamp)
             gaps = [1000 * (b - a) for a, b in itertools.pairwise(stamps)]
             times[0].append(median(gaps))
             for i, policy in enumerate(policies):
@@ -369,6 +388,9 @@ class _Recorder:
         return [Stop(*stop) for stop in zip(self._u, self._errors, self._details, strict=False)]
 
 
-def _key(family: WarpFamily) -> str:
+def family_key(family: WarpFamily) -> str:
     """What tells the measurements of one family from those of another."""
-    return f"order={family.order} knots=" + ",".join(f"{w:.5f}" for _, w in family.knots)
+    key = f"order={family.order} knots=" + ",".join(f"{w:.5f}" for _, w in family.knots)
+    if family.fit is not None:
+        key += f" fit={hashlib.sha256(repr(family.fit).encode()).hexdigest()[:12]}"
+    return key

@@ -76,9 +76,16 @@ class Fields:
         return self._number(name, self.get(name), low, high)
 
     def numbers(
-        self, name: str, low: float = -math.inf, high: float = math.inf
+        self,
+        name: str,
+        low: float = -math.inf,
+        high: float = math.inf,
+        *,
+        length: int | None = None,
     ) -> tuple[float, ...]:
-        """A list of finite numbers."""
+        """A list of finite numbers, of any length or of one."""
+        if length is not None and len(self.array(name)) != length:
+            self.fail(name, f"be {length} numbers", self.array(name))
         return tuple(
             self._number(f"{name}[{i}]", x, low, high) for i, x in enumerate(self.array(name))
         )

@@ -16,7 +16,14 @@ from importlib import metadata
 from typing import Any
 
 from rapid3rt.planning.jsonfile import Fields, parse_fields, read_fields, write_document
-from rapid3rt.types import ACTION_NAMES, ATTENTION_MODES, ActionCosts
+from rapid3rt.types import (
+    ACTION_NAMES,
+    ATTENTION_MODES,
+    AUTO,
+    FITTED,
+    NUM_WEIGHTS,
+    ActionCosts,
+)
 
 FORMAT = "rapid3rt.trace"
 VERSION = 1
@@ -35,8 +42,8 @@ class TraceTick:
     """What one image did in one tick.
 
     sigma, next_sigma: float32 values. action: COMPUTE, REUSE, ... (a name in JSON). level: sparsity
-    level, 0 dense. order: 1 Euler, 2 Adams-Bashforth, 0 auto. density: fraction of key blocks kept (1
-    dense, 0 when nothing was computed). cost: in equivalent steps.
+    level, 0 dense. order: 1 Euler, 2 Adams-Bashforth, 0 auto, 3 fitted, by `weights`. density: fraction of key blocks
+    kept (1 dense, 0 when nothing was computed). cost: in equivalent steps.
     """
 
     sigma: float
@@ -46,23 +53,27 @@ class TraceTick:
     order: int = 1
     density: float = 1.0
     cost: float = 1.0
+    weights: tuple[float, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """This tick as a JSON object."""
-        return {**asdict(self), "action": ACTION_NAMES[self.action]}
+        values = {**asdict(self), "action": ACTION_NAMES[self.action]}
+        weights = values.pop("weights")
+        return values if weights is None else {**values, "weights": list(weights)}
 
     @classmethod
     def from_fields(cls, fields: Fields) -> TraceTick:
         """Read one tick; errors name the field."""
-        sigma = fields.number("sigma", 0.0)
+        sigma, order = fields.number("sigma", 0.0), fields.integer("order", AUTO, FITTED)
         return cls(
             sigma=sigma,
             action=ACTION_NAMES.index(fields.text("action", ACTION_NAMES)),
             next_sigma=fields.number("next_sigma", 0.0, sigma),
             level=fields.integer("level", 0),
-            order=fields.integer("order", 0, 2),
+            order=order,
             density=fields.number("density", 0.0, 1.0),
             cost=fields.number("cost", 0.0),
+            weights=fields.numbers("weights", length=NUM_WEIGHTS) if order == FITTED else None,
         )
 
 

@@ -33,8 +33,16 @@ from rapid3rt.policies.sampling import (
     choice_entropy,
     choice_log_prob,
 )
-from rapid3rt.policies.schedule import WarpFamily
-from rapid3rt.types import COMPUTE, ActionCosts, ComputeDecision, DenoiseState, Run, StepDecision
+from rapid3rt.policies.schedule import WarpFamily, misfit_notes
+from rapid3rt.types import (
+    AUTO,
+    COMPUTE,
+    ActionCosts,
+    ComputeDecision,
+    DenoiseState,
+    Run,
+    StepDecision,
+)
 
 HEADS = ("cache", "sparse", "allocation", "step")
 SCALARS = (
@@ -209,7 +217,7 @@ class Heads(nn.Module):
 
 def _score(decision: Decision, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if decision.head == "step":
-        alpha, beta = _concentrations(logits)
+        alpha, beta = concentrations(logits)
         values = beta_log_prob(decision.action, alpha, beta), beta_entropy(alpha, beta)
     else:
         values = choice_log_prob(decision.action, logits), choice_entropy(logits)
@@ -220,7 +228,7 @@ def _score(decision: Decision, logits: torch.Tensor) -> tuple[torch.Tensor, torc
 def typical_action(head: str, logits: torch.Tensor) -> torch.Tensor:
     """The mode of a step's ratio, the mean of a choice's index: float32 `[B]`."""
     if head == "step":
-        return beta_mode(*_concentrations(logits))
+        return beta_mode(*concentrations(logits))
     actions = torch.arange(logits.shape[1], device=logits.device, dtype=logits.dtype)
     return logits.softmax(1) @ actions
 
@@ -269,6 +277,7 @@ class LearnedPolicy:
         self.calibration = tuple(calibration)
         self.costs = costs or ActionCosts()
         self.reuses = "cache" in names
+        self.notes: tuple[str, ...] = ()
         self._seeds, self._record, self._teacher = seeds, record, teacher
         self._noise: Noise | None = None
 
@@ -303,6 +312,8 @@ class LearnedPolicy:
                     setting_for(self.calibration, wanted) if self.calibration else wanted
                 )
             self.prior.begin(run)
+            stretches = "allocation" in self.heads.config.heads and self.prior.allocates
+            self.notes = misfit_notes(self.prior.family, run, allocates=stretches)
         if self._teacher is not None:
             self._teacher.begin(run)
         self._run = run
@@ -378,12 +389,14 @@ class LearnedPolicy:
         assert ratio is not None
         following = torch.where(forced, 0.0, state.sigma * ratio)
         following = following.masked_fill(following < SIGMA_MIN, 0.0)
+        if self.prior is not None and self.prior.fitted is not None and self.order == AUTO:
+            return self.prior.fitted.decision(following, state.nfe + self._left, state.nfe)
         order = torch.full_like(state.nfe, self.order, dtype=torch.int8)
         return StepDecision(next_sigma=following, order=order)
 
     def _allocate(self, state: DenoiseState) -> None:
         assert self.prior is not None
-        if not self.prior.allocates:
+        if not self.prior.allocates or self.prior.is_elsewhere:
             return
         dial = torch.full_like(state.sigma, self.prior.mean)
         with torch.no_grad():
@@ -408,7 +421,7 @@ class LearnedPolicy:
         if taught is not None:
             action = taught
         elif head == "step":
-            alpha, beta = _concentrations(logits)
+            alpha, beta = concentrations(logits)
             sampled = None if self._noise is None else self._noise.ratio(state.tick, alpha, beta)
             action = beta_mode(alpha, beta) if sampled is None else sampled
         elif self._noise is None:
@@ -466,7 +479,8 @@ class LearnedPolicy:
         return state.nfe >= (self._run.ticks + 1 if budget is None else budget)
 
 
-def _concentrations(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def concentrations(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Alpha and beta of a step's distribution, `[B]` each, from its logits `[B, 2]`."""
     alpha, beta = (1 + logits.exp()).unbind(1)
     return alpha, beta
 

@@ -16,7 +16,8 @@ from rapid3rt.policies.base import (
     planned_evaluations,
     unshift_sigma,
 )
-from rapid3rt.policies.schedule import WarpFamily
+from rapid3rt.policies.fitted import FittedSteps
+from rapid3rt.policies.schedule import WarpFamily, fitted_steps
 from rapid3rt.types import DenoiseState, Run
 
 SPREAD = 0.15
@@ -47,10 +48,13 @@ class Prior:
         """Evaluations of an image in the mean, as asked for; of the run that has begun."""
         self._time: WarpedTime | None = None
         self._allocator: Allocator | None = None
+        self.fitted: FittedSteps | None = None
+        """Of the run that has begun: the family's, None where it has none that suits."""
 
     def begin(self, run: Run) -> None:
         """Raises `ValueError` if the run is of another model family."""
         check_family(self.family.family, run, "the policy")
+        self.fitted = fitted_steps(self.family, run)
         warp = Warp(self.family.knots)
         self._time = WarpedTime(run, warp)
         start = warp.inverse(unshift_sigma(run.sigmas[0], run.shift))
@@ -70,6 +74,16 @@ class Prior:
     def allocates(self) -> bool:
         """Whether images have numbers of their own in the run that has begun."""
         return self._allocator is not None
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the family has fitted steps that do not suit the run that has begun.
+
+        What an image gains by more of them was learned with those steps: at another guidance scale, where steps take
+        the family's order, a trained allocation had 1.5 to 2.2 times the error of the same number for all (tiny SD3 at
+        7 instead of 3.5).
+        """
+        return self.family.fit is not None and self.fitted is None
 
     def left(
         self, state: DenoiseState, velocity: torch.Tensor, stretch: torch.Tensor

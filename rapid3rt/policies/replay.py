@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from rapid3rt.planning import sparsity
@@ -11,6 +13,7 @@ from rapid3rt.types import (
     ACTION_NAMES,
     COMPUTE,
     EULER,
+    NUM_WEIGHTS,
     REUSE,
     RUNNABLE_ACTIONS,
     ComputeDecision,
@@ -36,6 +39,7 @@ class Replay:
         self._levels = torch.empty(0)
         self._next = torch.empty(0)
         self._orders = torch.empty(0)
+        self._weights: torch.Tensor | None = None
 
     def begin(self, run: Run) -> None:
         """Raises `ValueError` naming everything in which the run differs from the traced one."""
@@ -49,7 +53,7 @@ class Replay:
             for t in range(max(map(len, images)))
         ]
 
-        def stack(values: list[list[float]], dtype: torch.dtype) -> torch.Tensor:
+        def stack(values: list[list[Any]], dtype: torch.dtype) -> torch.Tensor:
             return torch.tensor(values, dtype=dtype, device=run.device)
 
         # Entries of finished images are ignored, so any valid value pads them.
@@ -61,6 +65,11 @@ class Replay:
             [[t.next_sigma if t else 0.0 for t in row] for row in table], torch.float32
         )
         self._orders = stack([[t.order if t else EULER for t in row] for row in table], torch.int8)
+        self._weights = None
+        if any(t.weights for ticks in images for t in ticks):
+            none = (0.0,) * NUM_WEIGHTS
+            rows = [[(t.weights if t else None) or none for t in row] for row in table]
+            self._weights = stack(rows, torch.float32)
 
     def decide_compute(self, state: DenoiseState) -> ComputeDecision:
         row = self._row(state)
@@ -68,7 +77,11 @@ class Replay:
 
     def decide_step(self, state: DenoiseState, velocity: torch.Tensor) -> StepDecision:
         row = self._row(state)
-        return StepDecision(next_sigma=self._next[row], order=self._orders[row])
+        return StepDecision(
+            next_sigma=self._next[row],
+            order=self._orders[row],
+            weights=None if self._weights is None else self._weights[row],
+        )
 
     def _row(self, state: DenoiseState) -> int:
         return min(state.tick, len(self._next) - 1)

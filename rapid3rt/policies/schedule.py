@@ -3,15 +3,15 @@
 
 A file is JSON, `"format": "rapid3rt.schedule"`, `"version": 1`, and of one of two kinds.
 
-`fixed`: `family` (model family), `num_ticks`, `ticks` (a list of `{sigma, action, level, order}`:
-sigma is where the tick starts; it steps to the sigma of the next entry, the last one to 0),
+`fixed`: `family` (model family), `num_ticks`, `ticks` (a list of `{sigma, action, level, order}`, with `weights` where
+order is 3, fitted: sigma is where the tick starts; it steps to the sigma of the next entry, the last one to 0),
 `provenance` (free object).
 
 `family`: `family`, `num_ticks` and `shift` (the run it was searched on), `order` (1, 2, or 0: auto), `knots`
 (interior `[u, w]` of a monotone warp w; phi*(u) = phi(w(u)) and the grid of k evaluations is phi*(1
 - j / k)), `error_profile` (null, or `[u, value]` for `controller`: the mean over images of
 `controller.local_error`), `allocation` (null, or `table`, `dial` and `guidance` of `allocation.Allocation`),
-`provenance`.
+`fit` (null, or `tokens`, `guidance` and `weights` of `fitted.Fit`, a list of `{k, rows}`), `provenance`.
 
 Anything else is one `ValueError` that names file and field.
 """
@@ -21,7 +21,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,14 @@ from rapid3rt.policies.base import (
     trimmed_sigmas,
     unshift_sigma,
 )
+from rapid3rt.policies.fitted import Fit, FittedSteps
 from rapid3rt.types import (
     ACTION_NAMES,
     ADAMS_BASHFORTH,
     AUTO,
     COMPUTE,
+    FITTED,
+    NUM_WEIGHTS,
     RUNNABLE_ACTIONS,
     ComputeDecision,
     DenoiseState,
@@ -65,12 +68,13 @@ SMALLEST_LAST_SIGMA = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduleTick:
-    """One tick of a fixed schedule. sigma: where it starts. level: sparsity, 0 dense."""
+    """One tick of a fixed schedule. sigma: where it starts. level: sparsity, 0 dense. weights: where it is FITTED."""
 
     sigma: float
     action: int = COMPUTE
     level: int = 0
     order: int = 1
+    weights: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +97,7 @@ class WarpFamily:
     knots: tuple[tuple[float, float], ...]
     error_profile: tuple[tuple[float, float], ...] | None = None
     allocation: Allocation | None = None
+    fit: Fit | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -103,15 +108,7 @@ def save_schedule(schedule: FixedPlan | WarpFamily, path: str | os.PathLike[str]
         body: dict[str, Any] = {
             "kind": "fixed",
             "num_ticks": len(schedule.ticks),
-            "ticks": [
-                {
-                    "sigma": t.sigma,
-                    "action": ACTION_NAMES[t.action],
-                    "level": t.level,
-                    "order": t.order,
-                }
-                for t in schedule.ticks
-            ],
+            "ticks": [_tick_as_json(tick) for tick in schedule.ticks],
         }
     else:
         profile = schedule.error_profile
@@ -123,10 +120,17 @@ def save_schedule(schedule: FixedPlan | WarpFamily, path: str | os.PathLike[str]
             "knots": [list(pair) for pair in schedule.knots],
             "error_profile": None if profile is None else [list(pair) for pair in profile],
             "allocation": _allocation_as_json(schedule.allocation),
+            "fit": _fit_as_json(schedule.fit),
         }
     document = {**header, **body, "provenance": dict(schedule.provenance)}
     _read(Fields(document, str(path)))
     write_document(path, document)
+
+
+def _tick_as_json(tick: ScheduleTick) -> dict[str, Any]:
+    entry = {"sigma": tick.sigma, "action": ACTION_NAMES[tick.action]}
+    entry |= {"level": tick.level, "order": tick.order}
+    return entry if tick.weights is None else entry | {"weights": list(tick.weights)}
 
 
 def load_schedule(path: str | os.PathLike[str]) -> FixedPlan | WarpFamily:
@@ -140,15 +144,7 @@ def _read(fields: Fields) -> FixedPlan | WarpFamily:
 
 
 def _read_fixed(fields: Fields) -> FixedPlan:
-    ticks = tuple(
-        ScheduleTick(
-            sigma=entry.number("sigma", 0.0, 1.0),
-            action=ACTION_NAMES.index(entry.text("action", RUNNABLE_ACTIONS)),
-            level=entry.integer("level", 0, sparsity.num_levels() - 1),
-            order=entry.integer("order", AUTO, ADAMS_BASHFORTH),
-        )
-        for entry in fields.children("ticks")
-    )
+    ticks = tuple(_read_tick(entry) for entry in fields.children("ticks"))
     if len(ticks) != fields.integer("num_ticks", 1):
         fields.fail("ticks", f"have num_ticks = {fields.get('num_ticks')} entries", len(ticks))
     if ticks[0].action != COMPUTE:
@@ -163,6 +159,17 @@ def _read_fixed(fields: Fields) -> FixedPlan:
             fields.fail(f"ticks[{i}].sigma", f"be above the next one, {after:g}", here)
     return FixedPlan(
         family=fields.text("family"), ticks=ticks, provenance=fields.child("provenance").data
+    )
+
+
+def _read_tick(entry: Fields) -> ScheduleTick:
+    order = entry.integer("order", AUTO, FITTED)
+    return ScheduleTick(
+        sigma=entry.number("sigma", 0.0, 1.0),
+        action=ACTION_NAMES.index(entry.text("action", RUNNABLE_ACTIONS)),
+        level=entry.integer("level", 0, sparsity.num_levels() - 1),
+        order=order,
+        weights=entry.numbers("weights", length=NUM_WEIGHTS) if order == FITTED else None,
     )
 
 
@@ -188,6 +195,7 @@ def _read_family(fields: Fields) -> WarpFamily:
         knots=knots,
         error_profile=_read_profile(fields),
         allocation=_read_allocation(fields),
+        fit=_read_fit(fields),
         provenance=fields.child("provenance").data,
     )
 
@@ -237,6 +245,29 @@ def _read_allocation(fields: Fields) -> Allocation | None:
     )
 
 
+def _fit_as_json(fit: Fit | None) -> dict[str, Any] | None:
+    if fit is None:
+        return None
+    weights = [{"k": k, "rows": [list(row) for row in rows]} for k, rows in fit.weights]
+    return {"tokens": fit.tokens, "guidance": fit.guidance, "weights": weights}
+
+
+def _read_fit(fields: Fields) -> Fit | None:
+    """Files from before fits have none."""
+    if fields.data.get("fit") is None:
+        return None
+    entry, tables = fields.child("fit"), []
+    for table in entry.children("weights"):
+        k, rows = table.integer("k", 1), table.rows("rows", NUM_WEIGHTS)
+        if len(rows) != k:
+            table.fail("rows", f"be k = {k} rows", len(rows))
+        tables.append((k, rows))
+    if not tables or any(a >= b for (a, _), (b, _) in itertools.pairwise(tables)):
+        entry.fail("weights", "be tables of rising k, at least one", [k for k, _ in tables])
+    guidance = None if entry.get("guidance") is None else entry.number("guidance", 0.0)
+    return Fit(weights=tuple(tables), tokens=entry.integer("tokens", 1), guidance=guidance)
+
+
 class FixedSchedule:
     """Every image walks the same list of ticks: its sigmas, actions, sparsity levels and orders."""
 
@@ -269,7 +300,13 @@ class FixedSchedule:
 
     def decide_step(self, state: DenoiseState, velocity: torch.Tensor) -> StepDecision:
         assert self._sigmas is not None
-        return step_to(next_from_list(self._sigmas, state.step), self._now(state).order)
+        tick = self._now(state)
+        step = step_to(next_from_list(self._sigmas, state.step), tick.order)
+        if tick.weights is None:
+            return step
+        return replace(
+            step, weights=state.sigma.new_tensor(tick.weights).expand(len(state.sigma), -1)
+        )
 
     def _now(self, state: DenoiseState) -> ScheduleTick:
         # All images stand at the same entry, so the host tick is the index; past the end they are
@@ -296,9 +333,12 @@ class ScheduleFamily:
         speed: float | None = None,
     ) -> None:
         self.family, self.name, self.budget, self.speed = family, name, budget, speed
+        self._planned = 0
         self._sigmas: torch.Tensor | None = None
         self._time: WarpedTime | None = None
         self._allocator: Allocator | None = None
+        self._fitted: FittedSteps | None = None
+        self.notes: tuple[str, ...] = ()
 
     @property
     def allocates(self) -> bool:
@@ -309,8 +349,10 @@ class ScheduleFamily:
         """Raises `ValueError` if the run is of another model family."""
         check_family(self.family.family, run, self.name)
         warp, self._allocator = Warp(self.family.knots), None
-        k = planned_evaluations(run, self.budget, self.speed)
-        self._sigmas = device_list(trimmed_sigmas(k, run, warp), run)
+        self._planned = planned_evaluations(run, self.budget, self.speed)
+        self._sigmas = device_list(trimmed_sigmas(self._planned, run, warp), run)
+        self._fitted = fitted_steps(self.family, run)
+        self.notes = misfit_notes(self.family, run)
         if self.allocates and run.budget is None:
             assert self.family.allocation is not None
             assert self.speed is not None
@@ -325,11 +367,35 @@ class ScheduleFamily:
     def decide_step(self, state: DenoiseState, velocity: torch.Tensor) -> StepDecision:
         assert self._sigmas is not None
         if self._allocator is None:
-            return step_to(next_from_list(self._sigmas, state.step), self.family.order)
-        assert self._time is not None
-        u = self._time.u(state.sigma)
-        left = self._allocator.left(state, velocity, u)
-        return step_to(self._time.sigma(u * (1 - 1 / left)), self.family.order)
+            left = (self._planned - state.nfe).clamp(min=1)
+            following = next_from_list(self._sigmas, state.step)
+        else:
+            assert self._time is not None
+            u = self._time.u(state.sigma)
+            left = self._allocator.left(state, velocity, u)
+            following = self._time.sigma(u * (1 - 1 / left))
+        if self._fitted is None:
+            return step_to(following, self.family.order)
+        return self._fitted.decision(following, state.nfe + left, state.nfe)
+
+
+def fitted_steps(family: WarpFamily, run: Run) -> FittedSteps | None:
+    """The family's fit in a run, None where it has none that suits."""
+    if family.fit is None or family.fit.misfit(run, family.shift) is not None:
+        return None
+    return FittedSteps(family.fit, run, family.order)
+
+
+def misfit_notes(family: WarpFamily, run: Run, *, allocates: bool = False) -> tuple[str, ...]:
+    """What the report says where fitted steps do not suit a run. allocates: whether images then get the same number."""
+    misfit = None if family.fit is None else family.fit.misfit(run, family.shift)
+    if misfit is None:
+        return ()
+    alike = " and all images get the same number" if allocates else ""
+    return (
+        f"the steps of this policy were fitted for other calls (here: {misfit}), so they are not taken{alike}; "
+        "calibrate with the arguments that you call with",
+    )
 
 
 def schedule_policy(path: str | os.PathLike[str]) -> FixedSchedule | ScheduleFamily:

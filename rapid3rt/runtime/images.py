@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from rapid3rt.planning.planner import BAD_ORDER, BAD_POINT, BAD_SIGMA
+from rapid3rt.planning.planner import BAD_ORDER, BAD_POINT, BAD_SIGMA, BAD_WEIGHTS
 from rapid3rt.runtime.solver import Solver
 from rapid3rt.types import (
-    ADAMS_BASHFORTH,
     AUTO,
     COMPUTE,
     EULER,
+    FITTED,
     ComputeDecision,
     DenoiseState,
     StepDecision,
@@ -149,8 +149,12 @@ class Images:
         nan = torch.isnan(wanted)
         self.bad = torch.where(nan, BAD_SIGMA, 0)
         if decision.order is not None:
-            unknown = (decision.order < AUTO) | (decision.order > ADAMS_BASHFORTH)
+            unknown = (decision.order < AUTO) | (decision.order > FITTED)
             self.bad = torch.where(unknown, BAD_ORDER, self.bad)
+            fitted = decision.order == FITTED
+            if decision.weights is not None:
+                fitted = fitted & ~decision.weights.isfinite().all(1)
+            self.bad = torch.where(fitted, BAD_WEIGHTS, self.bad)
         if stay:
             following = self.sigmas[(self.index + 1).clamp(max=len(self.sigmas) - 1)]
             self.bad = torch.where((wanted != following) & (self.bad == 0), BAD_POINT, self.bad)
@@ -160,7 +164,9 @@ class Images:
         if last:
             target = torch.zeros_like(target)
         target = torch.where(self.done, self.sigma, target)
-        moved = self.solver.step(sample, velocity, self.sigma, target, decision.order, computes)
+        moved = self.solver.step(
+            sample, velocity, self.sigma, target, decision.order, computes, decision.weights
+        )
         moved = torch.where(_spread(self.done, moved), sample.to(velocity.dtype), moved)
         hits = target[:, None] == self.sigmas[None, :]
         index = torch.where(hits.any(1), hits.int().argmax(1), -1)

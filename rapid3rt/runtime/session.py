@@ -33,6 +33,7 @@ from rapid3rt.runtime.trace import Trace, TraceTick
 from rapid3rt.types import (
     COMPUTE,
     EULER,
+    FITTED,
     REUSE,
     ActionCosts,
     ComputeDecision,
@@ -101,6 +102,7 @@ class _Frame:
     cost: tuple[float, ...]
     next_sigma: torch.Tensor | None = None
     order: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
     ms: float = 0.0
 
 
@@ -328,6 +330,7 @@ class Session:
         )
         run.started = time.perf_counter()
         run.choice.policy.begin(run.run)
+        run.notes += tuple(getattr(run.choice.policy, "notes", ()))
 
     def _active_rows(
         self, known: list[int] | None, images: int, branches: int, device: torch.device
@@ -461,7 +464,7 @@ class Session:
         latents, target = run.images.step_latents(
             decision, sample, velocity, run.computes, run.last_tick, bool(run.grid.why_stay)
         )
-        self._end_step(run, target, decision.order)
+        self._end_step(run, target, decision)
         return latents
 
     def follow(self, velocity: torch.Tensor) -> None:
@@ -484,11 +487,16 @@ class Session:
         answer = run.choice.policy.decide_step(run.state, seen)
         return check_step(answer, run.num_images, run.choice.name, velocity.device)
 
-    def _end_step(self, run: _RunState, target: torch.Tensor, order: torch.Tensor | None) -> None:
+    def _end_step(
+        self, run: _RunState, target: torch.Tensor, decision: StepDecision | None
+    ) -> None:
         assert run.images is not None
         frame = run.frames[-1]
-        # A policy may fill one buffer of its own again and again.
-        frame.next_sigma, frame.order = target, None if order is None else order.clone()
+        frame.next_sigma = target
+        # A policy may fill buffers of its own again and again.
+        if decision is not None and decision.order is not None:
+            frame.order = decision.order.clone()
+            frame.weights = None if decision.weights is None else decision.weights.float().clone()
         now = time.perf_counter()
         frame.ms, run.started = 1000 * (now - run.started), now
         if run.last_tick:
@@ -540,7 +548,8 @@ class Session:
             if frame.next_sigma is None:
                 continue
             sigma, target = frame.sigma.tolist(), frame.next_sigma.tolist()
-            order = [1] * run.num_images if frame.order is None else frame.order.tolist()
+            order = [EULER] * run.num_images if frame.order is None else frame.order.tolist()
+            weights = None if frame.weights is None else frame.weights.tolist()
             for i, action in enumerate(frame.action):
                 if action >= 0:
                     per_image[i].append(
@@ -550,6 +559,7 @@ class Session:
                             level=frame.level[i],
                             next_sigma=target[i],
                             order=order[i],
+                            weights=tuple(weights[i]) if weights and order[i] == FITTED else None,
                             density=sparsity.density(frame.level[i]) if action == COMPUTE else 0.0,
                             cost=frame.cost[i],
                         )

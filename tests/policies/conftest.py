@@ -32,6 +32,7 @@ class Walk:
     action: list[list[int | None]] = field(default_factory=list)
     level: list[list[int | None]] = field(default_factory=list)
     order: list[list[int | None]] = field(default_factory=list)
+    weights: list[list[list[float] | None]] = field(default_factory=list)
     nfe: list[int] = field(default_factory=list)
 
     def column(self, name: str, image: int) -> list[Any]:
@@ -120,6 +121,7 @@ def drive(policy: Policy, run: Run, world: World, cap: int | None = None) -> Wal
         walk.action.append(kept(torch.where(computes, COMPUTE, decision.action.clamp(min=1))))
         walk.level.append(kept(decision.sparsity))
         walk.order.append(kept(order.int()))
+        walk.weights.append(kept(torch.zeros(count, 4) if steps.weights is None else steps.weights))
         moved = steps.next_sigma.minimum(sigma).clamp(min=0)
         sigma = torch.where(done, sigma, moved)
         step = step + (~done).int()

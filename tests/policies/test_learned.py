@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rapid3rt.policies.allocation import Allocation
+from rapid3rt.policies.fitted import Fit
 from rapid3rt.policies.heads import AllocationHead
 from rapid3rt.policies.learned import (
     SCALARS,
@@ -23,7 +24,7 @@ from rapid3rt.policies.learned import (
 from rapid3rt.policies.prior import SPREAD, step_logits
 from rapid3rt.policies.sampling import beta_mode
 from rapid3rt.policies.schedule import ScheduleFamily, WarpFamily
-from rapid3rt.types import AUTO, COMPUTE
+from rapid3rt.types import AUTO, COMPUTE, FITTED
 from training.trajectory import Recorder
 
 ALLOCATION = Allocation(
@@ -153,6 +154,30 @@ def test_void_and_forced_decisions_are_not_live(sim):
     steps = [d for d in dial if d.head == "step"]
     assert [d.live.tolist() for d in steps][:5] == [[True, True]] * 4 + [[False, False]]
     assert walk.nfe == [5, 5]
+
+
+def test_every_image_steps_by_the_weights_of_its_own_plan(sim):
+    """Row j of k says so itself."""
+    tables = tuple((k, tuple((k, j, 0.0, 0.0) for j in range(k))) for k in range(5, 15))
+    family = replace(FAMILY, fit=Fit(weights=tables, tokens=36, guidance=4.0))
+    policy = make_policy()
+    head = policy.heads.by_name["allocation"]
+    nn.init.normal_(head.hardness.weight, std=0.3)
+    nn.init.ones_(head.strength)
+    policy = LearnedPolicy(policy.heads, family, order=AUTO, dial=7.0)
+    walk = sim.drive(policy, sim.run(6, guidance=4.0), sim.world(6))
+    assert len(set(walk.nfe)) > 2
+    for image, k in enumerate(walk.nfe):
+        known = k >= 5
+        assert walk.column("order", image) == [FITTED if known else AUTO] * k
+        if known:
+            assert walk.column("weights", image) == [[k, j, 0.0, 0.0] for j in range(k)]
+    other = sim.drive(policy, sim.run(6, guidance=7.0), sim.world(6))
+    assert {order for image in range(6) for order in other.column("order", image)} == {AUTO}
+    (note,) = policy.notes
+    assert "(here: guidance 7, not 4)" in note
+    assert "all images get the same number" in note
+    assert other.nfe == [7] * 6  # and what was learned with the weights is left alone too
 
 
 def test_the_allocation_head_stretches_plans_within_their_limits(sim):

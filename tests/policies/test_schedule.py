@@ -27,7 +27,7 @@ PLAN = FixedPlan(
         ScheduleTick(sigma=1.0),
         ScheduleTick(sigma=0.9, level=2, order=2),
         ScheduleTick(sigma=0.5, action=REUSE, order=2),
-        ScheduleTick(sigma=0.25),
+        ScheduleTick(sigma=0.25, order=3, weights=(0.5, -0.25, 0.125, 0.0)),
     ),
     provenance={"by": "hand", "pairs": 12},
 )
@@ -63,7 +63,7 @@ def test_the_fixed_schedule_does_what_the_file_says(sim):
     for image in range(2):
         assert walk.column("action", image) == [COMPUTE, COMPUTE, REUSE, COMPUTE]
         assert walk.column("level", image) == [0, 2, 0, 0]
-        assert walk.column("order", image) == [1, 2, 2, 1]
+        assert walk.column("order", image) == [1, 2, 2, 3]
         assert walk.column("next_sigma", image) == list(round_float32([0.9, 0.5, 0.25, 0.0]))
     assert walk.nfe == [3, 3]
 
@@ -130,7 +130,9 @@ def test_a_wrong_field_of_a_fixed_schedule_is_named(change, message, tmp_path):
         (0, {"action": "reuse"}, r"ticks\[0\]\.action must be compute"),
         (2, {"action": "sleep"}, r"ticks\[2\]\.action must be one of compute, reuse"),
         (1, {"level": -1}, r"ticks\[1\]\.level must be an integer in 0\.\.3, got -1"),
-        (1, {"order": 3}, r"ticks\[1\]\.order must be an integer in 0\.\.2, got 3"),
+        (1, {"order": 4}, r"ticks\[1\]\.order must be an integer in 0\.\.3, got 4"),
+        (1, {"order": 3}, r"ticks\[1\]\.weights must be present"),
+        (1, {"order": 3, "weights": [1, 2]}, r"ticks\[1\]\.weights must be 4 numbers"),
     ],
 )
 def test_a_wrong_tick_is_named(index, change, message, tmp_path):
