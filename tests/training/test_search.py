@@ -483,8 +483,10 @@ def pipe() -> Any:
 
 @pytest.fixture
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The package's `measure` is a module behind a function of the same package.
-    monkeypatch.setattr(importlib.import_module("rapid3rt.calibrate.measure"), "REFERENCE_STEPS", 8)
+    # Modules behind a function of the same package.
+    for module in ("measure", "fitting"):
+        there = importlib.import_module(f"rapid3rt.calibrate.{module}")
+        monkeypatch.setattr(there, "REFERENCE_STEPS", 8)
     monkeypatch.setattr(run, "FINENESS", 8)
     monkeypatch.setattr(run, "NUM_PROBES", 3)
 
@@ -535,9 +537,11 @@ def test_a_search_resumes_to_the_same_file(
     assert sum(tick.action == COMPUTE for tick in whole.ticks) == 4
     facts = whole.provenance
     stages, seen = facts["seen_after"], facts["seen"]["mean_squared"]
-    assert list(stages) == ["family", "probes", "dynamic programming", "climbing"]
-    assert stages["family"] == pytest.approx(seen["family"])
-    assert stages["climbing"] == pytest.approx(seen["searched"])
+    assert list(stages) == ["family", "probes", "dynamic programming", "climbing", "fit"]
+    # The bundled family steps by weights, which the search begins without.
+    assert stages["family"] != pytest.approx(seen["family"])
+    assert stages["fit"] == pytest.approx(seen["searched"])
+    assert facts["fitted"] == any(tick.weights for tick in whole.ticks)
     assert seen["searched"] != seen["family"]
     assert facts["seen"]["pairs"] == facts["unseen"]["pairs"] == 2
     assert facts["evaluations"]["climbing"] > 0
@@ -560,7 +564,8 @@ def test_a_search_resumes_to_the_same_file(
             small(tmp_path / "parts.json", pipe)
         assert not (tmp_path / "parts.json").exists()
     monkeypatch.undo()
-    importlib.import_module("rapid3rt.calibrate.measure").REFERENCE_STEPS = 8  # type: ignore[attr-defined]
+    for module in ("measure", "fitting"):
+        importlib.import_module(f"rapid3rt.calibrate.{module}").REFERENCE_STEPS = 8  # type: ignore[attr-defined]
     monkeypatch.setattr(run, "FINENESS", 8)
     monkeypatch.setattr(run, "NUM_PROBES", 3)
     small(tmp_path / "parts.json", pipe)

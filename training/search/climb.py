@@ -130,6 +130,11 @@ class Climber:
         """All plans measured so far."""
         return [sample.plan for sample in self.samples]
 
+    @property
+    def order(self) -> list[int]:
+        """The pairs that decide, as `seen` has them."""
+        return [*self.objective.few, *self.objective.rest]
+
     def seen(self) -> torch.Tensor:
         """Errors of the best plan on all pairs that decide."""
         return torch.cat([self.few, self.rest])

@@ -14,11 +14,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from rapid3rt.calibrate.measure import Bench, accelerated
 from rapid3rt.policies.base import device_list, next_from_list, step_to
@@ -76,19 +75,10 @@ def cost(lattice: Lattice) -> int:
 def record(bench: Bench, lattice: Lattice, pairs: Sequence[int]) -> Recording:
     """Run walk and detours of all pairs, batch by batch; batches that lie in the bench's folder are read."""
     parts = []
-    for start in range(0, len(pairs), bench.batch_size):
-        batch = pairs[start : start + bench.batch_size]
-        path = bench.out / f"recording-{start:04d}-{len(batch)}.safetensors"
-        if not path.exists():
-            _save(_record_batch(bench, lattice, batch), path)
-        parts.append(load_file(path))
+    for i, batch in enumerate(bench.batches(pairs)):
+        name = f"recording-{i * bench.batch_size:04d}-{len(batch)}"
+        parts.append(bench.keep(name, partial(_record_batch, bench, lattice, batch)))
     return Recording(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-
-
-def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    temporary = path.with_name(f".{path.name}")
-    save_file(tensors, temporary)
-    temporary.replace(path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,16 @@ import torch
 from tqdm import tqdm
 
 from rapid3rt.calibrate.arguments import check_call, told_apart
-from rapid3rt.calibrate.measure import REFERENCE_STEPS, Bench, accelerated
+from rapid3rt.calibrate.measure import REFERENCE_STEPS, Bench
 from rapid3rt.errors import check_count
 from rapid3rt.pipeline import accelerate, restore
-from rapid3rt.policies import FixedPlan, Steps, WarpFamily, save_schedule
+from rapid3rt.policies import FixedPlan, WarpFamily, save_schedule
 from rapid3rt.policies.base import Warp, trimmed_sigmas
-from rapid3rt.types import ActionCosts, Run
+from rapid3rt.types import COMPUTE, ActionCosts
 from training.search import recording
 from training.search.climb import Climber, Objective, climb, descend, probe, redraws
 from training.search.error_model import ErrorModel
+from training.search.finish import errors_of, finish
 from training.search.folder import claim, find_policy, identity, search_family, take_over
 from training.search.lattice import FINENESS, Lattice, equivalent_steps
 from training.search.local_errors import LocalErrors
@@ -108,7 +109,11 @@ def search(
         take_over(bench, folder.path)
         family, costs = folder.family, folder.costs or bench.costs()
     lattice = _lattice(bench, family, costs, settings)
-    climber, spent, stages = _improve(bench, family, lattice, costs, settings)
+    unweighted = replace(family, fit=None)
+    climber, spent, stages = _improve(bench, unweighted, lattice, costs, settings)
+    found, even = (lattice.schedule(p, bench.family_name) for p in (climber.best, lattice.even()))
+    plan = finish(bench, found, even, family, climber.order)
+    stages["fit"] = float(errors_of(bench, plan, climber.order).mean())
     provenance = {
         "command": {**asdict(settings), "call": told_apart(arguments)},
         "model": bench.model,
@@ -120,11 +125,12 @@ def search(
             "family": settings.budget * costs.levels[0],
             "searched": equivalent_steps(climber.best, costs),
         },
+        "fitted": any(tick.weights for tick in plan.ticks),
         "cost_factor": climber.objective.factor(climber.best),
         "seen_after": stages,
-        **_compare(bench, family, climber),
+        **_compare(bench, family, plan, climber.order),
     }
-    plan = lattice.schedule(climber.best, bench.family_name, provenance)
+    plan = replace(plan, provenance=provenance)
     save_schedule(plan, out)
     return plan
 
@@ -152,16 +158,7 @@ def _lattice(bench: Bench, family: WarpFamily, costs: ActionCosts, settings: Set
     intervals = settings.budget * math.ceil(FINENESS / settings.budget)
 
     def measure() -> list[float]:
-        seen: list[float] = []
-
-        class Probe(Steps):
-            def begin(self, run: Run) -> None:
-                seen.extend(trimmed_sigmas(intervals, run, Warp(family.knots)))
-                super().begin(run)
-
-        with accelerated(bench.pipe, Probe(1, trim=True)):
-            bench.images(bench.steps, pairs=[0])
-        return seen
+        return list(trimmed_sigmas(intervals, bench.probe(), Warp(family.knots)))
 
     levels = [x for x, cost in enumerate(costs.levels) if x > 0 and cost < WORTHWHILE]
     return Lattice(
@@ -254,18 +251,16 @@ def _exponent(here: torch.Tensor, k: int, there: torch.Tensor, other: int) -> fl
     return min(max(2 * math.log(ratio) / math.log(other / k), 0.0), 4.0)
 
 
-def _compare(bench: Bench, family: WarpFamily, climber: Climber) -> dict[str, Any]:
-    """The family and the schedule on pairs that decided and on those that did not."""
-    seen, lattice = _num_seen(bench.prompts), climber.lattice
-    before = bench.family_errors(family, lattice.budget)
-    order = [*climber.objective.few, *climber.objective.rest]
-    unseen = range(seen, len(bench.prompts))
-    spent = climber.objective.spent
-    after = climber.objective.errors(climber.best, unseen)
-    climber.objective.spent = spent
+def _compare(
+    bench: Bench, family: WarpFamily, plan: FixedPlan, order: Sequence[int]
+) -> dict[str, Any]:
+    """The family and the schedule on pairs that decided, in their order, and on those that did not."""
+    unseen = range(_num_seen(bench.prompts), len(bench.prompts))
+    computes = sum(tick.action == COMPUTE for tick in plan.ticks)
+    before = bench.family_errors(family, computes)
     return {
-        "seen": _change(climber.seen(), before[order]),
-        "unseen": _change(after, before[list(unseen)]),
+        name: _change(errors_of(bench, plan, pairs), before[list(pairs)])
+        for name, pairs in (("seen", order), ("unseen", unseen))
     }
 
 
