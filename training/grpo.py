@@ -45,13 +45,14 @@ class Running:
     """What adapts from iteration to iteration.
 
     price: mu_b, mean_steps: the running mean of E over what was planned, spread: the running std within groups, each
-    of every dial (key of `_name`). entropy: coefficient of every head.
+    of every dial (key of `_name`). entropy: coefficient of every head; first: its entropy before its first update.
     """
 
     price: dict[str, float] = field(default_factory=dict)
     mean_steps: dict[str, float] = field(default_factory=dict)
     spread: dict[str, float] = field(default_factory=dict)
     entropy: dict[str, float] = field(default_factory=dict)
+    first: dict[str, float] = field(default_factory=dict)
 
 
 class Trainer:
@@ -258,6 +259,8 @@ class Trainer:
         out: dict[str, float] = {}
         progress = (iteration + 1) / self.recipe.iterations
         for name in self.running.entropy:
+            if f"entropy/{name}" in metrics:
+                self.running.first.setdefault(name, metrics[f"entropy/{name}"])
             floor = self._floor(name, metrics, progress)
             entropy = metrics.get(f"entropy/{name}", math.nan)
             self.running.entropy[name] = loss.adapt_entropy(
@@ -313,9 +316,10 @@ class Trainer:
         return planned_steps(head, conditioning, dial, self.recipe.num_inference_steps)
 
     def _floor(self, name: str, metrics: Mapping[str, float], progress: float) -> float:
-        """Least entropy of a head, in nat."""
+        """Least entropy of a head, in nat. A step's: below the untrained policy's here, or what a warm start left."""
         if name == "step":
-            return metrics.get("entropy/step_prior", 0.0) - self.recipe.step_entropy
+            prior = metrics.get("entropy/step_prior", 0.0)
+            return min(prior, self.running.first.get("step", prior)) - self.recipe.step_entropy
         late = max(0.0, (progress - _LAST_THIRD) / (1 - _LAST_THIRD))
         share = self.recipe.choice_entropy
         share += late * (min(_LATE_CHOICE_ENTROPY, share) - share)
@@ -353,6 +357,7 @@ class Trainer:
                 "mean_steps": running.mean_steps,
                 "spread": running.spread,
                 "entropy": running.entropy,
+                "first": running.first,
             },
         }
         if self.discriminator is not None:

@@ -144,6 +144,8 @@ def digest(plan: FixedPlan | WarpFamily) -> str:
     content = asdict(plan)
     content.pop("provenance")
     content.pop("allocation", None)
+    if content.get("fit") is None:
+        content.pop("fit", None)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -54,7 +54,7 @@ def test_scale_and_price_come_from_the_table(subject: Subject, ranks: Ranks) -> 
     trainer = make(replace(DIAL, dials=(4, 5, 7)), subject, ranks)
     means = {
         k: float(subject.training.searched(small_world.FAMILY, k).error.mean())
-        for k in (4, 5, 6, 8)
+        for k in (3, 4, 5, 6, 8)
     }
     assert trainer.errors["4"] == pytest.approx(means[4], rel=1e-4)
     assert trainer.errors["5"] == pytest.approx(means[5], rel=1e-4)
@@ -100,7 +100,10 @@ def test_the_papers_reward_with_what_the_discriminator_says(subject: Subject, ra
     torch.testing.assert_close(rewards, expected)
 
 
-@pytest.mark.parametrize("recipe", [DIAL, ADVERSARIAL], ids=["dial", "adversarial"])
+ALONE = replace(ADVERSARIAL, quality=())  # nothing but the discriminator pays
+
+
+@pytest.mark.parametrize("recipe", [DIAL, ADVERSARIAL, ALONE], ids=["dial", "both", "alone"])
 def test_members_without_a_number_are_in_nothing(
     subject: Subject, ranks: Ranks, recipe: Recipe
 ) -> None:
@@ -145,6 +148,10 @@ def test_choices_keep_their_entropy_to_the_end(subject: Subject, ranks: Ranks) -
     full = math.log(3)
     assert floors == pytest.approx([0.15 * full, 0.15 * full, 0.03 * full])
     assert trainer._floor("step", {"entropy/step_prior": -2.0}, 0.5) == -2.5
+    trainer.running.first["step"] = -1.0  # above the untrained one: that decides
+    assert trainer._floor("step", {"entropy/step_prior": -2.0}, 0.5) == -2.5
+    trainer.running.first["step"] = -2.7  # a warm start left less
+    assert trainer._floor("step", {"entropy/step_prior": -2.0}, 0.5) == pytest.approx(-3.2)
 
 
 def test_an_iteration_depends_on_the_state_and_nothing_else(subject: Subject, ranks: Ranks) -> None:
