@@ -31,6 +31,7 @@ from diffusers.callbacks import SD3CFGCutoffCallback
 from test_layouts import call, make_pipeline
 
 import rapid3rt
+from rapid3rt.ops import flex
 from rapid3rt.policies import FixedPlan, ScheduleTick, WarpFamily, save_schedule
 from rapid3rt.policies.folder import PolicyFolder
 from rapid3rt.types import (
@@ -235,7 +236,8 @@ def test_a_speed_that_is_no_finite_number_is_refused_by_the_automatic_policy_too
     refuses_to_accelerate(pipe, ValueError, f"speed must be .*got {speed!r}", speed=speed)
 
 
-def test_a_backend_that_is_not_there_is_refused(pipe: Any) -> None:
+def test_a_backend_that_is_not_there_is_refused(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex, "_CPU_TORCH", "3")
     refuses_to_accelerate(
         pipe, rapid3rt.UnsupportedError, r"backend 'flex' on device 'cpu'", backend="flex"
     )
@@ -561,9 +563,9 @@ BROKEN_TRACE = {
         put("images.0.ticks.1.action", "jump"),
         r"images\[0\]\.ticks\[1\]\.action must be one of compute.*got 'jump'",
     ),
-    "order 3": (
-        put("images.0.ticks.1.order", 3),
-        r"images\[0\]\.ticks\[1\]\.order must be an integer in 0\.\.2, got 3",
+    "order 4": (
+        put("images.0.ticks.1.order", 4),
+        r"images\[0\]\.ticks\[1\]\.order must be an integer in 0\.\.3, got 4",
     ),
     "rising sigmas": (put("sigmas", [0.5, 1.0, 0.0]), r"sigmas must never rise"),
     "an end above 0": (
@@ -580,7 +582,8 @@ BROKEN_SCHEDULE = {
     "sigma as list": (put("ticks.2.sigma", [1]), r"ticks\[2\]\.sigma must be a number, got \[1\]"),
     "a rise": (put("ticks.2.sigma", 0.99), r"ticks\[1\]\.sigma must be above the next one, 0\.99"),
     "reuse first": (put("ticks.0.action", "reuse"), r"ticks\[0\]\.action must be compute"),
-    "order 3": (put("ticks.1.order", 3), r"ticks\[1\]\.order must be an integer in 0\.\.2, got 3"),
+    "order 4": (put("ticks.1.order", 4), r"ticks\[1\]\.order must be an integer in 0\.\.3, got 4"),
+    "order 3 alone": (put("ticks.1.order", 3), r"ticks\[1\]\.weights must be present"),
     "negative level": (put("ticks.1.level", -1), r"ticks\[1\]\.level must be an integer.*got -1"),
 }
 
@@ -775,10 +778,14 @@ def acted(action: Any = None, sparsity: Any = None) -> Callable[[ComputeDecision
     )
 
 
-def stepped(next_sigma: Any = None, order: Any = None) -> Callable[[StepDecision], Any]:
-    """An answer with another next sigma or order."""
+def stepped(
+    next_sigma: Any = None, order: Any = None, weights: Any = None
+) -> Callable[[StepDecision], Any]:
+    """An answer with another next sigma, order or weights."""
     return lambda good: StepDecision(
-        next_sigma=good.next_sigma if next_sigma is None else next_sigma, order=order
+        next_sigma=good.next_sigma if next_sigma is None else next_sigma,
+        order=order,
+        weights=weights,
     )
 
 
@@ -973,8 +980,8 @@ def test_next_sigma_above_sigma_stands_still_and_every_image_ends(
 
 @pytest.mark.parametrize(
     "order",
-    [int8(1, 3), int8(-1, 2), torch.tensor([1.5, 1.0]), int8(2), int8(1, 1, 1)],
-    ids=["3", "-1", "fraction", "one", "three"],
+    [int8(1, 4), int8(-1, 2), torch.tensor([1.5, 1.0]), int8(2), int8(1, 1, 1)],
+    ids=["4", "-1", "fraction", "one", "three"],
 )
 def test_an_order_is_out_of_range_or_of_a_wrong_shape(order: torch.Tensor) -> None:
     policy = Own(1, step=stepped(order=order))
@@ -983,6 +990,34 @@ def test_an_order_is_out_of_range_or_of_a_wrong_shape(order: torch.Tensor) -> No
         run(pipe)
     policy.tick = -1
     assert torch.equal(run(pipe), plain())
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        None,
+        torch.tensor([[0.0] * 4, [0.0, math.nan, 0.0, 0.0]]),
+        torch.tensor([[0.0] * 4, [0.0, 0.0, math.inf, 0.0]]),
+        torch.zeros(2, 3),
+        torch.zeros(1, 4),
+        torch.zeros(2, 4, dtype=torch.int32),
+        [[0.0] * 4] * 2,
+    ],
+    ids=["none", "nan", "inf", "three", "one image", "integers", "list"],
+)
+def test_a_fitted_step_needs_finite_weights_for_its_image(weights: Any) -> None:
+    policy = Own(1, step=stepped(order=int8(1, 3), weights=weights))
+    pipe = rapid3rt.accelerate(make(), policy)
+    with pytest.raises(ValueError, match=r"weights of policy 'own'"):
+        run(pipe)
+    policy.tick = -1
+    assert torch.equal(run(pipe), plain())
+
+
+def test_weights_of_an_image_that_does_not_ask_for_them_may_be_anything() -> None:
+    weights = torch.tensor([[math.nan] * 4, [0.0] * 4])
+    pipe = rapid3rt.accelerate(make(), Own(1, step=stepped(order=int8(1, 3), weights=weights)))
+    assert torch.equal(run(pipe), plain())  # no weights at all are Euler's
 
 
 @pytest.mark.parametrize("half", ["begin", "compute", "step"])
