@@ -15,6 +15,8 @@ Error m: mean squared difference of decoded pixels (in -1..1) to the converged s
 from __future__ import annotations
 
 import argparse
+import hashlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from pairs import PLAIN, REFERENCE, Pairs, Way, accelerated, interval
 from record import save
 
 import rapid3rt
+from rapid3rt.pipeline import BUNDLED_POLICIES
 from rapid3rt.tiny import GUIDANCE
 from rapid3rt.tiny.rivals import SOLVERS, solver
 from rapid3rt.tiny.score import score
@@ -66,8 +69,10 @@ def main() -> None:
     plain = pairs.images(f"plain k={PLAIN}", PLAIN)
     made = {"converged": reference, f"plain k={PLAIN}": plain}
 
-    def add(name: str, steps: int, way: Way) -> None:
-        made[name] = pairs.images(name, steps, way)
+    version = _digest(BUNDLED_POLICIES / options.model / "policy")
+
+    def add(name: str, steps: int, way: Way, version: str = "") -> None:
+        made[name] = pairs.images(name, steps, way, version=version)
 
     for k in options.steps:
         made[f"plain k={k}"] = pairs.images(f"plain k={k}", k)
@@ -82,10 +87,17 @@ def main() -> None:
                 PLAIN,
                 lambda p=policy, k=k: accelerated(pipe, p, budget=k),
             )
-        add(f"{SAME} k={k}", PLAIN, lambda k=k: accelerated(pipe, "auto", budget=k))
+        add(f"{SAME} k={k}", PLAIN, lambda k=k: accelerated(pipe, "auto", budget=k), version)
     for k in sorted({*options.steps, *options.iso}):
-        add(f"{OURS} mean={k}", PLAIN, lambda k=k: accelerated(pipe, "auto", speed=PLAIN / k))
+        way = partial(accelerated, pipe, "auto", speed=PLAIN / k)
+        add(f"{OURS} mean={k}", PLAIN, way, version)
     _report(made, pairs, options)
+
+
+def _digest(folder: Path) -> str:
+    """Tells what a policy made from what another one did."""
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
 
 
 def _report(made: dict[str, torch.Tensor], pairs: Pairs, options: argparse.Namespace) -> None:

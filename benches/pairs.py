@@ -71,15 +71,19 @@ class Pairs:
         if cache is not None:
             self.cache = cache / f"{pipe_id(pipe)}-{split}-{seed}-g{guidance:g}-t{tokens}"
 
-    def images(self, name: str, steps: int, way: Way = plainly) -> torch.Tensor:
-        """What a way makes of all pairs: float32 `[n, 3, 64, 64]` in -1..1. name: of its cache files."""
+    def images(
+        self, name: str, steps: int, way: Way = plainly, *, version: str = ""
+    ) -> torch.Tensor:
+        """What a way makes of all pairs: float32 `[n, 3, 64, 64]` in -1..1.
+
+        name: of the way, and of its cache files, with the version of what it depends on beside its name.
+        """
         chunks, nfe = [], []
+        stem = "_".join([name.replace("/", "_").replace(" ", "_"), *filter(None, [version])])
         for start in tqdm(range(0, len(self.scenes), BATCH), desc=name, leave=False):
             path = None
             if self.cache is not None:
-                path = (
-                    self.cache / f"{name.replace('/', '_').replace(' ', '_')}-{start}.safetensors"
-                )
+                path = self.cache / f"{stem}-{start}.safetensors"
             if path is None or not path.exists():
                 images, spent = self._make(start, steps, way)
                 if path is None:

@@ -25,7 +25,7 @@ from rapid3rt.policies.schedule import WarpFamily
 from rapid3rt.types import DenoiseState, StepDecision
 from training.bank import Bank, accelerated, beside
 
-TABLE = (4, 5, 6, 8, 10, 12, 14, 17)
+TABLE = (3, 4, 5, 6, 8, 10, 12, 14, 17)
 """Numbers of evaluations that errors are tabulated at."""
 _FOLDS = 12
 _PENALTIES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)

@@ -152,7 +152,8 @@ class Bank:
 
     def searched(self, family: WarpFamily, evaluations: int) -> Table:
         """Of a searched family, so many evaluations for every image. Another family has another table."""
-        what = (family.family, family.num_ticks, family.shift, family.order, family.knots)
+        what: tuple[object, ...] = (family.family, family.num_ticks, family.shift, family.order)
+        what += (family.knots,) if family.fit is None else (family.knots, family.fit)
         name = f"family {hashlib.sha256(repr(what).encode()).hexdigest()[:8]}"
         return self.table(name, lambda: ScheduleFamily(family), budget=evaluations)
 

@@ -144,7 +144,7 @@ def test_what_is_fitted_is_what_is_served(subject: Subject) -> None:
 
 def test_pairs_are_read_from_the_bank(subject: Subject) -> None:
     pairs = read_pairs(subject.training, small_world.FAMILY)
-    assert pairs.ks == (4, 5, 6, 8)
+    assert pairs.ks == (3, 4, 5, 6, 8)
     assert pairs.conditioning.shape == (6, 128)
     for i, k in enumerate(pairs.ks):
         table = subject.training.searched(small_world.FAMILY, k).error

@@ -15,6 +15,13 @@ from training.console import screen
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 
+@pytest.fixture(autouse=True)
+def colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal that has them: on a dumb one, or under NO_COLOR, rich gives none."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
+
 def test_a_small_screen_by_hand() -> None:
     text = screen(
         "iteration 3",

@@ -21,7 +21,7 @@ from training.rollout import Rollouts
 
 def test_the_count_by_hand() -> None:
     recipe = replace(small_world.DIAL, pairs=10, validation_pairs=4, iterations=5, evaluate_every=2)
-    table = 4 + 5 + 6 + 8
+    table = 3 + 4 + 5 + 6 + 8
     assert count_bank(recipe) == (10 + 4) * (80 + table)
     assert count_rollouts(recipe) == 5 * 3 * 4 * 5
     assert count_served(recipe) == 4 * ((1 + 3) * (4 + 6) + (4 + 6))

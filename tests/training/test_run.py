@@ -111,15 +111,24 @@ def test_a_run_leaves_a_policy_metrics_and_checkpoints(finished: Path) -> None:
         assert rapid3rt.report(pipe).images[0].nfe < 8
 
 
-def test_the_policy_is_the_best_checkpoint(finished: Path) -> None:
-    document = json.loads((finished / "policy" / "config.json").read_text())
-    best = document["provenance"]["iteration"]
-    recipe = {k: v for k, v in document["provenance"]["recipe"].items() if k not in run._FREE}
-    checkpoints = Checkpoints(finished / "checkpoints", fingerprint=recipe)
-    assert checkpoints.best() == best
-    kept = checkpoints.load(best)["state"]["trainer"]["heads"]
-    served = load_file(finished / "policy" / "heads.safetensors")
-    assert all(torch.equal(kept[name], served[name]) for name in served)
+@pytest.mark.parametrize("best", [0, 2, 3])
+def test_the_policy_is_the_best_checkpoint(
+    tmp_path: Path, world: list[str], monkeypatch, best: int
+) -> None:
+    """Iteration 0, before training, is one of those that are judged."""
+    judge, judged = run.Validation.judge, iter((0, 2, 3))
+
+    def favouring(self: Any, dials: Any) -> tuple[dict[str, float], float]:
+        return judge(self, dials)[0], float(next(judged) == best)
+
+    monkeypatch.setattr(run.Validation, "judge", favouring)
+    go(tmp_path, world, "--learning-rate", "0.01")
+    provenance = json.loads((tmp_path / "policy" / "config.json").read_text())["provenance"]
+    assert provenance["iteration"] == best
+    recipe = {k: v for k, v in provenance["recipe"].items() if k not in run._FREE}
+    kept = Checkpoints(tmp_path / "checkpoints", fingerprint=recipe).load(best)["state"]["trainer"]
+    served = load_file(tmp_path / "policy" / "heads.safetensors")
+    assert all(torch.equal(kept["heads"][name], served[name]) for name in served)
 
 
 def test_every_metric_has_a_place(finished: Path, tmp_path: Path) -> None:
