@@ -126,7 +126,7 @@ class Trainer:
         with _timed(clock, "discriminator"):
             metrics |= self._teach(rollout)
         metrics |= summary(rollout, rewards, terms, dead, self.ranks)
-        metrics |= shifts(self.heads, rollout.decisions, self.recipe.micro_batch, self.ranks)
+        metrics |= shifts(self.heads, rollout.decisions, self.recipe, self.ranks)
         self.difficulty = difficulties(rollout, self.hardness, self.ranks)
         return metrics | {f"time/{phase}": seconds for phase, seconds in clock.items()}
 

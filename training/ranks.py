@@ -8,7 +8,7 @@ what depends on data.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -62,17 +62,10 @@ class Ranks:
         dist.all_reduce(flat, op=dist.ReduceOp.MAX)
         return float(flat)
 
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Add the gradients of all ranks, in one flat reduction."""
-        if self.count == 1:
-            return
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat)
-        for gradient, total in zip(
-            gradients, flat.split([g.numel() for g in gradients]), strict=True
-        ):
-            gradient.copy_(total.view_as(gradient))
+    def add(self, values: torch.Tensor) -> None:
+        """Add up a tensor of all ranks, in place."""
+        if self.count > 1:
+            dist.all_reduce(values)
 
     def copy_main(self, module: torch.nn.Module) -> None:
         """Give all ranks the weights of the main one: processors round what is fitted in ways of their own."""

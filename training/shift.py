@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from rapid3rt.policies.learned import SCALARS, Heads, typical_action
+from training.config import Recipe
 from training.ranks import Ranks
 from training.trajectory import Decisions
 
@@ -17,9 +18,9 @@ _LOG_SIGMA = SCALARS.index("log sigma")
 
 
 def shifts(
-    heads: Heads, decisions: Mapping[str, Decisions], size: int, ranks: Ranks
+    heads: Heads, decisions: Mapping[str, Decisions], recipe: Recipe, ranks: Ranks
 ) -> dict[str, float]:
-    """`heads/HEAD_shift@SIGMA`: means over the decisions of all ranks, of bins that have some. size: scored at once.
+    """`heads/HEAD_shift@SIGMA`: means over the decisions of all ranks, of bins that have some.
 
     Of `step` the log of the ratio's mode over the untrained one; of a choice the mean index now minus then, so of
     `cache` how much more probable reuse is.
@@ -31,7 +32,7 @@ def shifts(
         for what in ("sum", "count")
     }
     for name, own in decisions.items():
-        for part in own.slices(size):
+        for part in own.slices(recipe.micro_batch, recipe.members):
             moved, sigma = _moved(heads, part)
             place = torch.bucketize(sigma, torch.tensor(_EDGES), right=True)
             for i, centre in enumerate(_CENTRES):

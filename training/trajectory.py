@@ -47,10 +47,18 @@ class Decisions:
         kept = {name: getattr(self, name)[rows] for name in _TENSORS}
         return Decisions(head=self.head, **kept)
 
-    def slices(self, size: int) -> Iterator[Decisions]:
-        """All of them, so many at a time."""
-        for start in range(0, len(self), size):
-            yield self.take(slice(start, start + size))
+    def slices(self, size: int, members: int) -> Iterator[Decisions]:
+        """All of them, in order: slices of one group of so many members each, so large at most.
+
+        What a row rounds to depends on the rows beside it. So a group is scored to the same bits whichever rank it was
+        dealt to.
+        """
+        _, counts = torch.unique_consecutive(self.member // members, return_counts=True)
+        start = 0
+        for count in counts.tolist():
+            for part in range(start, start + count, size):
+                yield self.take(slice(part, min(part + size, start + count)))
+            start += count
 
     def score(self, heads: Heads) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability and entropy under some heads, in nat, `[N]` each, with gradients."""

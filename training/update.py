@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One policy update: scores the stored decisions again, a few times over, and never runs the generator.
 
-The sums are over all ranks: every rank scores its own decisions, one flat reduction adds the gradients, and a constant
-divides them. So ranks may hold different numbers of decisions, dead groups weigh nothing and are never dropped, and the
-result is that of one rank but for the order of sums.
+The sums are over all ranks: every rank scores its own decisions, group by group, one flat reduction adds the
+gradients, and a constant divides them. So ranks may hold different numbers of decisions, and dead groups weigh nothing
+and are never dropped. Gradients are added up in float64: in float32 the order of sums would show, and Adam, which
+divides by their size, would make a whole step of what cancels.
 
 Shape letters: P groups and G members of this rank, N decisions of one head.
 """
@@ -77,10 +78,8 @@ def update(
             metrics["policy/first_ratio_error"] = _require_one(ranks.max(_ratio_error(new, old)))
         elif metrics["policy/kl"] > recipe.kl_stop:
             break
-        _clear_gradients(optimiser)
-        for part in _losses(heads, batch, slopes, coefficients, counts, recipe):
-            part.backward()
-        ranks.sum_gradients(heads.parameters())
+        losses = _losses(heads, batch, slopes, coefficients, counts, recipe)
+        _set_gradients(optimiser, losses, ranks)
         norm = float(torch.nn.utils.clip_grad_norm_(heads.parameters(), recipe.gradient_norm))
         if not math.isfinite(norm):
             raise RuntimeError(f"gradient norm must be finite, got {norm}")
@@ -95,7 +94,7 @@ Scored = tuple[torch.Tensor, torch.Tensor]
 def _score(heads: Heads, decisions: Decisions, recipe: Recipe, untrained: bool = False) -> Scored:
     """Log-probabilities and entropies of all, `[N]` each, on the CPU; in the slices of the losses, so to the bit."""
     with torch.no_grad():
-        slices = decisions.slices(recipe.micro_batch)
+        slices = decisions.slices(recipe.micro_batch, recipe.members)
         parts = [d.score_untrained(heads) if untrained else d.score(heads) for d in slices]
     log_prob, entropy = zip(*parts, strict=True)
     return torch.cat(log_prob).cpu(), torch.cat(entropy).cpu()
@@ -156,11 +155,23 @@ def _distances(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[s
     }
 
 
-def _clear_gradients(optimiser: torch.optim.Optimizer) -> None:
-    """To zero and not to nothing: a head without decisions, on this rank or at all, must take the same part."""
-    for group in optimiser.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
+def _set_gradients(
+    optimiser: torch.optim.Optimizer, losses: Iterator[torch.Tensor], ranks: Ranks
+) -> None:
+    """To the sum over all losses of all ranks.
+
+    Zero and not nothing without one: a head without decisions, on this rank or at all, must take the same part.
+    """
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    total = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
+    total = total.to(parameters[0].device)
+    for part in losses:
+        found = torch.autograd.grad(part, parameters, allow_unused=True, materialize_grads=True)
+        total += torch.cat([gradient.flatten() for gradient in found])
+    ranks.add(total)
+    sizes = [p.numel() for p in parameters]
+    for parameter, gradient in zip(parameters, total.split(sizes), strict=True):
+        parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
 
 
 def _differentiate(
@@ -227,7 +238,7 @@ def _losses(
     """One loss for every slice of every head; their gradients add up."""
     for name, slope in slopes.items():
         start = 0
-        for part in batch.decisions[name].slices(recipe.micro_batch):
+        for part in batch.decisions[name].slices(recipe.micro_batch, recipe.members):
             log_prob, entropy = part.score(heads)
             constant = slope[start : start + len(part)].to(log_prob.device)
             bonus = coefficients[name] / counts[name] * entropy.sum()
