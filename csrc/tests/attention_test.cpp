@@ -54,6 +54,8 @@ struct Case {
   DType dtype;
   double density;
   float scale;
+  float last_key =
+      1;  // keys grow from the first one to so many times as much, and logits with them
 };
 
 // One row; q, k and v are [tokens, heads, head_dim] and end with the last token that may be read.
@@ -67,7 +69,7 @@ class Problem {
         v_(c.kv_len * token_bytes()),
         random_(seed) {
     fill(q_, c.len_q, wide_q_);
-    fill(k_, c.kv_len, wide_k_);
+    fill(k_, c.kv_len, wide_k_, c.last_key);
     fill(v_, c.kv_len, wide_v_);
     const int64_t num_q = ceil_div(c.len_q, c.block), num_kv = ceil_div(c.len_kv, c.block);
     index_.assign(c.num_heads * num_q * num_kv, -7);
@@ -139,13 +141,14 @@ class Problem {
   static const char* name(Isa isa) { return kIsaNames[static_cast<int>(isa)]; }
   int64_t token_bytes() const { return c_.num_heads * c_.head_dim * element_; }
 
-  void fill(Guarded& memory, int64_t tokens, std::vector<float>& wide) {
+  void fill(Guarded& memory, int64_t tokens, std::vector<float>& wide, float last = 1) {
     std::normal_distribution<float> normal;
+    const int64_t row = c_.num_heads * c_.head_dim;
     with_type(c_.dtype, [&](auto type) {
       using T = decltype(type);
-      for (int64_t i = 0; i < tokens * c_.num_heads * c_.head_dim; ++i) {
+      for (int64_t i = 0; i < tokens * row; ++i) {
         T value{};
-        from_float(normal(random_), value);
+        from_float(normal(random_) * (1 + (last - 1) * float(i / row) / float(tokens)), value);
         std::memcpy(memory.data + i * sizeof(T), &value, sizeof(T));
       }
     });
@@ -234,6 +237,22 @@ void attention_is_right_and_reads_nothing_else() {
   }
 }
 
+// Logits that outgrow any base that was chosen before they were known.
+void rising_logits_do_not_overflow() {
+  uint32_t seed = 1;
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    for (const int64_t head_dim : {32, 64, 128}) {
+      for (const float last_key : {8.0f, 60.0f}) {
+        const float scale = 1 / std::sqrt(float(head_dim));
+        Problem problem({3, 70, 1100, 1093, head_dim, 32, dtype, 0.7, scale, last_key}, seed++);
+        for (int isa = 0; isa <= static_cast<int>(best_isa()); ++isa) {
+          problem.check(static_cast<Isa>(isa), 1);
+        }
+      }
+    }
+  }
+}
+
 void exp2_is_as_exact_as_stated() {
   for (const auto& [degree, bound] : {std::pair<int, double>{4, 3.2e-6}, {5, 2.5e-7}}) {
 #ifdef RAPID3RT_AVX2
@@ -255,6 +274,7 @@ void exp2_is_as_exact_as_stated() {
 int main() {
   rapid3rt::exp2_is_as_exact_as_stated();
   rapid3rt::attention_is_right_and_reads_nothing_else();
+  rapid3rt::rising_logits_do_not_overflow();
   std::printf("attention: ok up to %s\n",
               rapid3rt::kIsaNames[static_cast<int>(rapid3rt::best_isa())]);
 }

@@ -1,26 +1,41 @@
 // SPDX-License-Identifier: Apache-2.0
-// bfloat16 on AMX. Queries, logits and weights lie as on AVX-512 BF16; a panel's words are the
-// right operand of a tile product as they are, and so are 16 keys of the caller the left one. Only
-// values must be transposed, to [head_dim, keys]: once per key block, shared by all query blocks.
+// bfloat16 on AMX. Transposed as on vector units: logits [keys, queries] = keys queries^T, output
+// [head_dim, queries] += values^T weights. A unit is 32 by 32 sums in four tile registers. Keys and
+// values are rearranged once per key block, for all query blocks, to lie in the order in which
+// tiles are loaded: rows a caller's stride apart would share few sets of the first cache.
+//
+// The vector unit works while the tile unit does: a unit's weights are made between the tile
+// instructions of the next. So a base must be subtracted before all logits are known. It is the
+// largest logit of the first 32 keys, and stays: weights relative to it are as exact as any, as
+// long as they do not overflow. Where those of a chunk add up to more than kLimit, the chunk is
+// weighed anew and the queries concerned, only they, get a higher base.
 #include "attention/amx_tile.h"
 #include "attention/dot512.h"
 
 namespace rapid3rt {
 namespace {
 
-constexpr int64_t kSide = 16;  // rows of a tile, and words in a row
+constexpr int64_t kSide = 16;             // rows of a tile, and words in a row
+constexpr int64_t kTile = kSide * kSide;  // words of a tile
+constexpr int64_t kUnit = 2 * kSide;
+constexpr int64_t kSums = kUnit * kUnit;
+constexpr int64_t kWeights = kSums / 2;  // words of a unit's weights
+constexpr int64_t kPanels = 2;           // of queries that share a chunk while it is in the cache
+constexpr int64_t kGroups = 8;           // of 32 keys: a chunk
+constexpr float kLimit = 65536;
 
-// sum tiles 0 to 3 [32, 32] += left[32, 16 words] right[16, 32 words]; the lower half of left may
-// be missing.
-inline void add_four_products(const void* left, int64_t left_stride, bool both, const Word* right,
-                              int64_t width) {
-  TILE_LOAD(6, right, width * 4);
-  TILE_LOAD(7, right + kSide, width * 4);
-  TILE_LOAD(4, left, left_stride);
+using V = Vectors512;
+using Vec = V::Vec;
+static_assert(kVectors * V::kLanes == kUnit, "panels are a unit wide");
+
+// sum tiles 0 to 3 [32, 32] += left[32, 16 words] right[16 words, 32]; left is two tiles.
+inline void add_four_products(const Word* left, const Word* right) {
+  TILE_LOAD(6, right, kUnit * 4);
+  TILE_LOAD(7, right + kSide, kUnit * 4);
+  TILE_LOAD(4, left, kSide * 4);
   TILE_PRODUCT(0, 4, 6);
   TILE_PRODUCT(1, 4, 7);
-  if (!both) return;
-  TILE_LOAD(5, static_cast<const char*>(left) + kSide * left_stride, left_stride);
+  TILE_LOAD(5, left + kTile, kSide * 4);
   TILE_PRODUCT(2, 5, 6);
   TILE_PRODUCT(3, 5, 7);
 }
@@ -32,115 +47,314 @@ inline void zero_four() {
   TILE_ZERO(3);
 }
 
-inline void load_four(const Word* from, int64_t width) {
-  TILE_LOAD(0, from, width * 4);
-  TILE_LOAD(1, from + kSide, width * 4);
-  TILE_LOAD(2, from + kSide * width, width * 4);
-  TILE_LOAD(3, from + kSide * width + kSide, width * 4);
+inline void load_four(const Word* from) {
+  TILE_LOAD(0, from, kUnit * 4);
+  TILE_LOAD(1, from + kSide, kUnit * 4);
+  TILE_LOAD(2, from + kSide * kUnit, kUnit * 4);
+  TILE_LOAD(3, from + kSide * kUnit + kSide, kUnit * 4);
 }
 
-inline void store_four(Word* to, bool both, int64_t width) {
-  TILE_STORE(0, to, width * 4);
-  TILE_STORE(1, to + kSide, width * 4);
-  if (!both) return;
-  TILE_STORE(2, to + kSide * width, width * 4);
-  TILE_STORE(3, to + kSide * width + kSide, width * 4);
+inline void store_four(Word* to) {
+  TILE_STORE(0, to, kUnit * 4);
+  TILE_STORE(1, to + kSide, kUnit * 4);
+  TILE_STORE(2, to + kSide * kUnit, kUnit * 4);
+  TILE_STORE(3, to + kSide * kUnit + kSide, kUnit * 4);
 }
 
-struct TileProducts : DotProducts {
-  // Keys of a last, partial tile are copied and padded by repeating the last key.
-  static void load_keys(const Plan& p, int64_t num_keys, int64_t dim) {
-    const int64_t whole = num_keys / kSide * kSide;
-    if (whole == num_keys) return;
-    for (int64_t i = 0; i < kSide; ++i) {
-      const char* const row = p.key_row[smaller(whole + i, num_keys - 1)];
-      Word* const to = p.keys + i * (dim / 2);
-      for (int64_t w = 0; w < dim / 2; w += kSide) V::store(to + w, load_words(row, w, kSide));
+// 32 keys of a block, as pack() wrote them.
+struct Group {
+  const Word* keys;    // two tiles of 16 keys for every 32 channels
+  const Word* values;  // a tile for every 16 channels: 16 pairs of keys each
+  int64_t num_keys;    // that may be read
+};
+
+int64_t packed_bytes(const Tile& t) { return 2 * t.head_dim * t.block_kv * 2; }
+
+// What a panel's weights are relative to, in units of log2, and what they add up to.
+struct Softmax {
+  Vec base[kVectors], sum[kVectors];
+};
+
+// Rows 2 i and 2 i + 1 of a unit's logits [32, 32] become row i of its weights [16 pairs, 32]. A
+// key that may not be read weighs 0. Sums are taken before weights are rounded, ties away from 0:
+// integers leave the ports alone that products and exponentials want.
+inline __attribute__((always_inline)) void make_weights(const Word* logits, Word* weights,
+                                                        int64_t i, int64_t num_keys, Vec scale,
+                                                        Softmax& s) {
+  const __m512i half = _mm512_set1_epi32(0x8000), lower = _mm512_set1_epi32(0xffff);
+  for (int c = 0; c < kVectors; ++c) {
+    const Word* const from = logits + 2 * i * kUnit + c * V::kLanes;
+    Vec even = V::exp2<4>(V::fms(V::load(from), scale, s.base[c]));
+    Vec odd = V::exp2<4>(V::fms(V::load(from + kUnit), scale, s.base[c]));
+    if (num_keys != kUnit) {
+      if (2 * i >= num_keys) even = V::zero();
+      if (2 * i + 1 >= num_keys) odd = V::zero();
     }
-    // The copies are addressed like keys, all 16 of them.
-    for (int64_t i = 0; i < kSide; ++i) {
-      p.key_row[whole + i] = reinterpret_cast<const char*>(p.keys + i * (dim / 2));
+    s.sum[c] = V::add(s.sum[c], V::add(even, odd));
+    const __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(even), half), 16);
+    const __m512i high = _mm512_add_epi32(_mm512_castps_si512(odd), half);
+    // Of every word the lower half from low, the upper one from high.
+    const __m512i both = _mm512_ternarylogic_epi32(high, low, lower, 0xd8);
+    V::store(weights + i * kUnit + c * V::kLanes, _mm512_castsi512_ps(both));
+  }
+}
+
+// A unit whose logits wait to become weights.
+struct Waiting {
+  const Word* logits;
+  Word* weights;
+  int64_t num_keys;
+};
+
+// Logits of one unit, and meanwhile, a few rows after every step, the weights of the one before.
+template <int64_t kSteps, bool kWeigh>
+inline __attribute__((always_inline)) void make_unit(const Word* keys, const Word* queries,
+                                                     Word* logits, int64_t steps,
+                                                     const Waiting& before, Vec scale, Softmax& s) {
+  const int64_t num = kSteps == 0 ? steps : kSteps;
+  int64_t row = 0;
+  zero_four();
+  for (int64_t step = 0; step < num; ++step) {
+    add_four_products(keys + step * 2 * kTile, queries + step * kSide * kUnit);
+    if (!kWeigh) continue;
+    for (const int64_t end = (step + 1) * kSide / num; row < end; ++row) {
+      make_weights(before.logits, before.weights, row, before.num_keys, scale, s);
     }
   }
+  store_four(logits);
+}
 
-  static void load_values(const Plan&, int64_t, int64_t) {}
+using Masks = __mmask16[kVectors];
 
-  static const char* value_row(const Tile& t, int64_t key) {
-    const int64_t block = key / t.block_kv;
-    return static_cast<const char*>(t.packed) + block * packed_bytes(t) +
-           (key - block * t.block_kv) * 2;
+// One tile: a block of queries against its list. kDim: head dim, 0 for any.
+template <int64_t kDim>
+class TileRun {
+ public:
+  explicit TileRun(const Tile& t)
+      : t_(t),
+        p_(make_plan(t)),
+        logits_(reinterpret_cast<Word*>(static_cast<char*>(t.scratch) + p_.bytes)),
+        weights_(logits_ + kGroups * kSums),
+        scale_(V::set1((t.scale < 0 ? -t.scale : t.scale) * kLog2E)) {}
+
+  static int64_t scratch_bytes(const Tile& t) {
+    return flash_scratch_bytes(t) + kGroups * (kSums + kPanels * kWeights) * 4;
   }
 
-  static int64_t packed_bytes(const Tile& t) { return t.head_dim * t.block_kv * 2; }
-
-  static void make_logits(const Plan& p, const Word* queries, int64_t num_keys, int64_t dim,
-                          Vec (&top)[kVectors]) {
-    constexpr int64_t kWidth = kVectors * kSide;
-    for (int64_t key = 0; key < num_keys; key += kSide) {
-      const char* const keys = p.key_row[key];
-      const int64_t token = p.key_row[key + 1] - keys;
-      // Two tiles of keys at once where the second follows at the same distance.
-      const bool both = key + kSide < num_keys && p.key_row[key + kSide] == keys + kSide * token;
-      for (int64_t col = 0; col < kWidth; col += 2 * kSide) {
-        zero_four();
-        for (int64_t w = 0; w < dim / 2; w += kSide) {
-          add_four_products(keys + 4 * w, token, both, queries + w * kWidth + col, kWidth);
-        }
-        store_four(p.logits + key * kWidth + col, both, kWidth);
+  void run() {
+    const int64_t padded = round_up(t_.num_q, kUnit);
+    for (int64_t i = 0; i < padded; i += V::kLanes) {
+      V::store(p_.row_max + i, V::set1(-__builtin_inff()));
+      V::store(p_.row_sum + i, V::zero());
+    }
+    load_queries<DotProducts>(t_, p_, dim());
+    bool first = true;
+    while (next_chunk()) {
+      for (int64_t col = 0; col < padded; col += kPanels * kUnit) {
+        run_chunk(col, smaller(kPanels, (padded - col) / kUnit), first);
       }
-      if (both) key += kSide;
+      first = false;
     }
+    if (first) {
+      for (int64_t i = 0; i < padded * dim(); i += V::kLanes) V::store(p_.output + i, V::zero());
+    }
+    store_output<DotProducts>(t_, p_, dim());
+  }
+
+ private:
+  int64_t dim() const { return kDim == 0 ? t_.head_dim : kDim; }
+  int64_t steps() const { return dim() / kUnit; }
+  const Word* queries(int64_t col) const { return p_.queries + col * (dim() / 2); }
+  Word* weights(int64_t panel, int64_t group) const {
+    return weights_ + (panel * kGroups + group) * kWeights;
+  }
+
+  // The next groups of the list; false where there are none.
+  bool next_chunk() {
+    const int64_t words = dim() / 2 * kUnit;
+    num_groups_ = 0;
+    while (listed_ < t_.num_listed && num_groups_ < kGroups) {
+      const int64_t block = t_.index == nullptr ? listed_ : t_.index[listed_];
+      const int64_t left = t_.num_kv - block * t_.block_kv - in_block_;
+      if (left <= 0 || in_block_ == t_.block_kv) {
+        ++listed_;
+        in_block_ = 0;
+        continue;
+      }
+      const char* const packed = static_cast<const char*>(t_.packed) + block * packed_bytes(t_);
+      Group& group = groups_[num_groups_++];
+      group.keys = reinterpret_cast<const Word*>(packed) + in_block_ / kUnit * words;
+      group.values = group.keys + t_.block_kv / kUnit * words;
+      group.num_keys = smaller(left, kUnit);
+      in_block_ += kUnit;
+    }
+    return num_groups_ > 0;
+  }
+
+  // The chunk against some panels from query col on.
+  void run_chunk(int64_t col, int64_t panels, bool first) {
+    Masks above[kPanels];
+    weigh(col, panels, first, above);
+    for (int64_t i = 0; i < panels; ++i) {
+      if ((above[i][0] | above[i][1]) != 0) weigh_anew(col + i * kUnit, i, first, above[i]);
+    }
+    add_values(col, panels, first);
+  }
+
+  // Largest logits of a unit in units of log2, none below those in row_max: the base of its panel.
+  void raise_base(int64_t col, const Word* logits, int64_t num_keys, const Masks& which) {
+    Vec top[kVectors] = {V::set1(-__builtin_inff()), V::set1(-__builtin_inff())};
     for (int64_t key = 0; key < num_keys; ++key) {
       for (int c = 0; c < kVectors; ++c) {
-        top[c] = V::max(top[c], V::load(p.logits + (key * kVectors + c) * V::kLanes));
+        top[c] = V::max(top[c], V::load(logits + key * kUnit + c * V::kLanes));
       }
+    }
+    for (int c = 0; c < kVectors; ++c) {
+      float* const row_max = p_.row_max + col + c * V::kLanes;
+      const Vec old = V::load(row_max), now = V::max(old, V::mul(top[c], scale_));
+      V::store(row_max, _mm512_mask_mov_ps(old, which[c], now));
     }
   }
 
-  static void add_values(const Plan& p, Word* output, int64_t pairs, int64_t dim, bool first,
-                         const Vec (&decay)[kVectors]) {
-    constexpr int64_t kWidth = kVectors * kSide;
-    const int64_t padded = round_up(pairs, kSide);
-    for (int64_t i = pairs * kVectors; i < padded * kVectors; ++i)
-      V::store(p.logits + i * kSide, V::zero());
-    for (int64_t i = 0; !first && i < dim; ++i) {
+  // Without any finite logit the base is 0: -inf minus -inf would be NaN.
+  Softmax begin_softmax(int64_t col) const {
+    Softmax s;
+    for (int c = 0; c < kVectors; ++c) {
+      s.base[c] = V::zero_where_lowest(V::load(p_.row_max + col + c * V::kLanes));
+      s.sum[c] = V::zero();
+    }
+    return s;
+  }
+
+  // Weights relative to the bases that there are, and which queries need a higher one.
+  void weigh(int64_t col, int64_t panels, bool first, Masks (&above)[kPanels]) {
+    constexpr Masks kAll = {0xffff, 0xffff};
+    Softmax softmax[kPanels], s;
+    for (int64_t i = 0; !first && i < panels; ++i) softmax[i] = begin_softmax(col + i * kUnit);
+    Waiting before{};
+    int64_t last = 0;  // panel of the unit before
+    for (int64_t g = 0; g < num_groups_; ++g) {
+      for (int64_t i = 0; i < panels; ++i) {
+        Word* const logits = logits_ + (g * panels + i) % 2 * kSums;
+        const Word* const q = queries(col + i * kUnit);
+        if (before.logits == nullptr) {
+          make_unit<kDim / kUnit, false>(groups_[g].keys, q, logits, steps(), before, scale_, s);
+        } else {
+          s = softmax[last];
+          make_unit<kDim / kUnit, true>(groups_[g].keys, q, logits, steps(), before, scale_, s);
+          softmax[last] = s;
+        }
+        if (first && g == 0) {
+          raise_base(col + i * kUnit, logits, groups_[g].num_keys, kAll);
+          softmax[i] = begin_softmax(col + i * kUnit);
+        }
+        before = {logits, weights(i, g), groups_[g].num_keys};
+        last = i;
+      }
+    }
+    s = softmax[last];
+    for (int64_t row = 0; row < kSide; ++row) {
+      make_weights(before.logits, before.weights, row, before.num_keys, scale_, s);
+    }
+    softmax[last] = s;
+    for (int64_t i = 0; i < panels; ++i) end_softmax(col + i * kUnit, softmax[i], above[i]);
+  }
+
+  void end_softmax(int64_t col, const Softmax& s, Masks& above) {
+    for (int c = 0; c < kVectors; ++c) {
+      const Vec base = V::load(p_.row_max + col + c * V::kLanes);
+      above[c] = _mm512_cmp_ps_mask(s.sum[c], V::set1(kLimit), _CMP_GT_OQ) |
+                 _mm512_cmp_ps_mask(base, V::set1(-__builtin_inff()), _CMP_EQ_OQ);
+    }
+    if ((above[0] | above[1]) != 0) return;
+    for (int c = 0; c < kVectors; ++c) {
+      float* const row_sum = p_.row_sum + col + c * V::kLanes;
+      V::store(row_sum, V::add(V::load(row_sum), s.sum[c]));
+    }
+  }
+
+  // The weights of one panel again. Queries that are not above keep their base and so their bits.
+  void weigh_anew(int64_t col, int64_t panel, bool first, const Masks& above) {
+    Softmax s;
+    Vec decay[kVectors];
+    for (int c = 0; c < kVectors; ++c) decay[c] = V::load(p_.row_max + col + c * V::kLanes);
+    for (int64_t g = 0; g < num_groups_; ++g) {
+      Word* const logits = logits_ + g * kSums;
+      make_unit<kDim / kUnit, false>(groups_[g].keys, queries(col), logits, steps(), {}, scale_, s);
+      raise_base(col, logits, groups_[g].num_keys, above);
+    }
+    s = begin_softmax(col);
+    for (int64_t g = 0; g < num_groups_; ++g) {
+      for (int64_t row = 0; row < kSide; ++row) {
+        make_weights(logits_ + g * kSums, weights(panel, g), row, groups_[g].num_keys, scale_, s);
+      }
+    }
+    for (int c = 0; c < kVectors; ++c) {
+      float* const row_sum = p_.row_sum + col + c * V::kLanes;
+      decay[c] = V::exp2<5>(V::sub(decay[c], s.base[c]));
+      V::store(row_sum, V::fma(V::load(row_sum), decay[c], s.sum[c]));
+    }
+    for (int64_t d = 0; !first && d < dim(); ++d) {
       for (int c = 0; c < kVectors; ++c) {
-        Word* const at = output + (i * kVectors + c) * V::kLanes;
+        Word* const at = p_.output + col * dim() + d * kUnit + c * V::kLanes;
         V::store(at, V::mul(decay[c], V::load(at)));
       }
     }
-    for (int64_t d = 0; d < dim; d += 2 * kSide) {
-      for (int64_t col = 0; col < kWidth; col += 2 * kSide) {
-        Word* const out = output + d * kWidth + col;
-        first ? zero_four() : load_four(out, kWidth);
-        for (int64_t pair = 0; pair < padded; pair += kSide) {
-          const char* const values = p.value_row[2 * pair] + d * p.value_stride;
-          add_four_products(values, p.value_stride, true, p.logits + pair * kWidth + col, kWidth);
+  }
+
+  // output += values^T weights
+  void add_values(int64_t col, int64_t panels, bool first) {
+    for (int64_t d = 0; d < dim(); d += kUnit) {
+      for (int64_t i = 0; i < panels; ++i) {
+        Word* const out = p_.output + (col + i * kUnit) * dim() + d * kUnit;
+        first ? zero_four() : load_four(out);
+        for (int64_t g = 0; g < num_groups_; ++g) {
+          add_four_products(groups_[g].values + d * kSide, weights(i, g));
         }
-        store_four(out, true, kWidth);
+        store_four(out);
       }
     }
   }
+
+  const Tile& t_;
+  const Plan p_;
+  Word* const logits_;   // [kGroups, 32, 32]; two of them where weights follow at once
+  Word* const weights_;  // [kPanels, kGroups, 16, 32]
+  const Vec scale_;
+  Group groups_[kGroups];
+  int64_t num_groups_ = 0, listed_ = 0, in_block_ = 0;
 };
 
-// One key block of values: [head_dim, block_kv], 0 for keys that may not be read.
-void pack_values(const Tile& t, int64_t block, void* to) {
-  using M = TileProducts;
-  const int64_t pairs = t.block_kv / 2, token = t.v.token * 2;
-  const char* const v = static_cast<const char*>(t.v.data);
-  for (int64_t d = 0; d < t.head_dim; d += kSide) {
-    for (int64_t pair = 0; pair < pairs; pair += kSide) {
-      M::Vec words[kSide];
-      for (int64_t i = 0; i < kSide; ++i) {
-        const int64_t key = block * t.block_kv + 2 * (pair + i);
-        const char* const even = key < t.num_kv ? v + key * token : nullptr;
-        const char* const odd = key + 1 < t.num_kv ? v + (key + 1) * token : nullptr;
-        words[i] = M::join(even, odd, d, kSide);
+void run_amx(const Tile& t) {
+  if (t.head_dim == 64) return TileRun<64>(t).run();
+  if (t.head_dim == 128) return TileRun<128>(t).run();
+  TileRun<0>(t).run();
+}
+
+// One key block: its keys, group after group, then its values; 0 for keys that may not be read.
+void pack(const Tile& t, int64_t block, void* to) {
+  const int64_t first = block * t.block_kv;
+  const auto row = [&](const TileOperand& x, int64_t key) {
+    return key < t.num_kv ? static_cast<const char*>(x.data) + key * x.token * 2 : nullptr;
+  };
+  Word* out = static_cast<Word*>(to);
+  for (int64_t group = 0; group < t.block_kv; group += kUnit) {
+    for (int64_t w = 0; w < t.head_dim / 2; w += kSide) {
+      for (int64_t i = 0; i < kUnit; ++i, out += kSide) {
+        const char* const key = row(t.k, first + group + i);
+        V::store(out, key == nullptr ? V::zero() : DotProducts::load_words(key, w, kSide));
       }
-      M::V::transpose(words);
+    }
+  }
+  for (int64_t group = 0; group < t.block_kv; group += kUnit) {
+    for (int64_t d = 0; d < t.head_dim; d += kSide) {
+      Vec words[kSide];
       for (int64_t i = 0; i < kSide; ++i) {
-        M::V::store(static_cast<Word*>(to) + (d + i) * pairs + pair, words[i]);
+        const int64_t key = first + group + 2 * i;
+        words[i] = DotProducts::join(row(t.v, key), row(t.v, key + 1), d, kSide);
       }
+      V::transpose(words);
+      for (int64_t i = 0; i < kSide; ++i, out += kSide) V::store(out, words[i]);
     }
   }
 }
@@ -160,7 +374,6 @@ void leave() { TILE_RELEASE(); }
 }  // namespace
 
 const TileKernel kAmxTile = {
-    run_any_dim<TileProducts>,  flash_scratch_bytes, 48000000, enter, leave,
-    TileProducts::packed_bytes, pack_values};
+    run_amx, TileRun<0>::scratch_bytes, 48000000, enter, leave, packed_bytes, pack};
 
 }  // namespace rapid3rt

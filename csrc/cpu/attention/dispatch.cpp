@@ -75,9 +75,18 @@ const TileKernel& choose_kernel(const AttentionParams& p) {
   return kScalarTile;
 }
 
-// Values in the kernel's own order; only blocks that are visited hold anything.
+// Multiple of 64 bytes at or after an address, of which so much has to be added to what is asked
+// for.
+constexpr uintptr_t kAlignment = 64;
+char* aligned(const std::unique_ptr<char[]>& memory) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory.get());
+  return memory.get() + (kAlignment - begin % kAlignment) % kAlignment;
+}
+
+// Keys and values in the kernel's own order; only blocks that are visited hold anything.
 struct Packed {
-  std::unique_ptr<char[]> memory;  // [R, H, Mk, block_bytes]
+  std::unique_ptr<char[]> memory;
+  char* blocks = nullptr;  // [R, H, Mk, block_bytes]
   int64_t block_bytes = 0;
 };
 
@@ -102,8 +111,7 @@ class Worker {
   Worker(const AttentionParams& p, const TileKernel& kernel, const Packed& packed)
       : p_(p), kernel_(kernel), packed_(packed), tile_(make_tile(p)), sums_(2 * p.block_q) {
     scratch_.reset(new char[kernel.scratch_bytes(tile_) + kAlignment]);
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(scratch_.get());
-    tile_.scratch = scratch_.get() + (kAlignment - begin % kAlignment);
+    tile_.scratch = aligned(scratch_);
     tile_.row_max = sums_.data();
     tile_.row_sum = sums_.data() + p.block_q;
     if (kernel.enter != nullptr) kernel.enter();
@@ -117,7 +125,7 @@ class Worker {
   void pack(int64_t item) {
     const int64_t head_id = item / num_kv(), block = item % num_kv();
     point_at(head_id / p_.num_heads, head_id % p_.num_heads, 0);
-    kernel_.pack(tile_, block, packed_.memory.get() + item * packed_.block_bytes);
+    kernel_.pack(tile_, block, packed_.blocks + item * packed_.block_bytes);
   }
 
   void run(int64_t i) {
@@ -151,9 +159,9 @@ class Worker {
     tile_.num_kv = p_.kv_len == nullptr ? p_.len_kv : p_.kv_len[row];
     tile_.index = nullptr;
     tile_.num_listed = num_kv();
-    if (packed_.memory != nullptr) {
+    if (packed_.blocks != nullptr) {
       const int64_t head_id = row * p_.num_heads + head;
-      tile_.packed = packed_.memory.get() + head_id * num_kv() * packed_.block_bytes;
+      tile_.packed = packed_.blocks + head_id * num_kv() * packed_.block_bytes;
     }
     if (p_.mode[row * p_.num_heads + head] == kList) {
       tile_.index = list_of(p_, row, head, block);
@@ -161,7 +169,6 @@ class Worker {
     }
   }
 
-  static constexpr uintptr_t kAlignment = 64;
   const AttentionParams& p_;
   const TileKernel& kernel_;
   const Packed& packed_;
@@ -190,13 +197,15 @@ std::vector<int64_t> visited_blocks(const AttentionParams& p, int64_t num_q, int
   return visited;
 }
 
-Packed pack_values(const AttentionParams& p, const TileKernel& kernel, int64_t num_q,
+Packed pack_blocks(const AttentionParams& p, const TileKernel& kernel, int64_t num_q,
                    int64_t num_kv, int num_threads) {
   Packed packed;
   if (kernel.pack == nullptr) return packed;
   packed.block_bytes = kernel.packed_bytes(make_tile(p));
   const int64_t num_blocks = p.num_rows * p.num_heads * num_kv;
-  packed.memory.reset(new char[num_blocks * packed.block_bytes]);  // pages come as they are written
+  // Pages come as they are written.
+  packed.memory.reset(new char[num_blocks * packed.block_bytes + kAlignment]);
+  packed.blocks = aligned(packed.memory);
   const std::vector<int64_t> visited = visited_blocks(p, num_q, num_kv);
   run_queue(static_cast<int64_t>(visited.size()), num_threads, [&] {
     return [&, worker = std::make_unique<Worker>(p, kernel, packed)](int64_t i) {
@@ -219,7 +228,7 @@ void block_sparse_attention(const AttentionParams& p) {
   const TileKernel& kernel = choose_kernel(p);
   const int64_t flops = 4 * p.num_rows * p.num_heads * p.len_q * p.len_kv * p.head_dim;
   const int num_threads = flops < kernel.serial_flops ? 1 : p.num_threads;
-  const Packed packed = pack_values(p, kernel, num_q, num_kv, num_threads);
+  const Packed packed = pack_blocks(p, kernel, num_q, num_kv, num_threads);
   run_queue(items, num_threads, [&] {
     return [&, worker = std::make_unique<Worker>(p, kernel, packed)](int64_t i) { worker->run(i); };
   });

@@ -17,7 +17,7 @@ struct TileOperand {
 
 struct Tile {
   TileOperand q, k, v;  // q at its first query, k and v at key 0 of the head
-  const void* packed;   // values of the head as pack() wrote them, block after block; or null
+  const void* packed;   // of the head as pack() wrote it, block after block; or null
   void* out;            // at the first query
   int64_t out_token;
   float* row_max;        // [block_q], written: largest scaled logit, -inf without keys
@@ -38,8 +38,9 @@ struct TileKernel {
   int64_t serial_flops;                        // a call of fewer takes less than about 100 us
   void (*enter)();                             // each worker, before its first tile; may be null
   void (*leave)();                             // each worker, after its last tile; may be null
-  // Where values must be rearranged for the kernel: bytes of a key block, and the rearrangement,
-  // done once for each block that some tile will visit. Null where values are used as they are.
+  // Where keys and values must be rearranged for the kernel: bytes of a key block, a multiple of
+  // 64, and the rearrangement, done once for each block that some tile will visit, to a multiple
+  // of 64. Null where they are used as they are.
   int64_t (*packed_bytes)(const Tile& tile);
   void (*pack)(const Tile& tile, int64_t block, void* to);
 };
