@@ -91,7 +91,7 @@ void cache_store(const StoreParams& p) {
   const int64_t chunks = ceil_div(p.num_tokens, tokens);
   const int64_t row_size = p.num_tokens * p.width, size = element_bytes(p.dtype);
   const int64_t slot_bytes = p.num_rows * p.num_orders * row_size * size;
-  const bool can_stream = should_stream(p.slots, slot_bytes, p.width * size);
+  const bool can_stream = should_stream(p.slots, slot_bytes, p.width * size, p.num_threads);
   const int64_t bytes = 2 * p.num_rows * row_size * size + 2 * slot_bytes;
   std::vector<Partial> partials(p.num_rows * chunks);
   run_queue(p.num_rows * chunks, threads_for_bytes(bytes, p.num_threads), [&] {

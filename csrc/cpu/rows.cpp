@@ -28,7 +28,7 @@ void copy_rows(const RowsParams& p, From&& from, To&& to) {
   const RowKernels& kernels = row_kernels();
   const int64_t chunks = ceil_div(p.row_bytes, kChunkBytes);
   const int64_t out_bytes = p.num_rows * p.row_bytes;
-  const bool stream = should_stream(nullptr, out_bytes, 0);
+  const bool stream = should_stream(nullptr, out_bytes, 0, p.num_threads);
   const int num_threads = threads_for_bytes(2 * out_bytes, p.num_threads, kSerialCopyBytes);
   run_queue(p.num_rows * chunks, num_threads, [&] {
     return [&](int64_t item) {

@@ -51,6 +51,11 @@ struct Lanes256 {
   static void stream(T* p, Vec x) {
     _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(T{}, x));
   }
+  template <class T>
+  static void stream(T* p, Vec x, Vec y) {
+    stream(p, x);
+    stream(p + kLanes, y);
+  }
   static void fence() { _mm_sfence(); }
 
   static Vec zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }

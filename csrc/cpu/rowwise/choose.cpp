@@ -5,6 +5,8 @@
 #include <cpuid.h>
 #endif
 
+#include <algorithm>
+
 #include "isa.h"
 
 namespace rapid3rt {
@@ -40,9 +42,13 @@ const RowKernels& row_kernels() {
   return kScalarRows;
 }
 
-bool should_stream(const void* out, int64_t out_bytes, int64_t step) {
+bool should_stream(const void* out, int64_t out_bytes, int64_t step, int num_threads) {
+  // What a core has of a cache that many share. A virtual machine of two cores may see all of it,
+  // 480 MB where measured: there streams were up to 1.4 times as fast from 12 MB on.
+  constexpr int64_t kShare = 4 * 1024 * 1024;
   static const int64_t cache = cache_bytes();
-  return out_bytes > cache / 2 && reinterpret_cast<uintptr_t>(out) % 64 == 0 && step % 64 == 0;
+  const int64_t own = std::min(cache / 2, kShare * num_threads);
+  return out_bytes > own && reinterpret_cast<uintptr_t>(out) % 64 == 0 && step % 64 == 0;
 }
 
 }  // namespace rapid3rt

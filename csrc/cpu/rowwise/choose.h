@@ -19,7 +19,7 @@ const RowKernels& row_kernels();
 // Whether the stores of a call should go past the caches: its output does not fit into them, so
 // reading each line before it is written, and keeping it, would be wasted. `step` is the distance
 // in bytes of what is written in one go: a streamed line must be written whole.
-bool should_stream(const void* out, int64_t out_bytes, int64_t step);
+bool should_stream(const void* out, int64_t out_bytes, int64_t step, int num_threads);
 
 // Address of an element.
 inline const char* element(const void* x, int64_t at, DType dtype) {
@@ -74,7 +74,7 @@ RowItems cut_rows(const Params& p, int64_t tensors, bool has_tokens = true) {
           chunks,
           row_size,
           step,
-          should_stream(p.out, out_bytes, (has_tokens ? p.width : row_size) * size),
+          should_stream(p.out, out_bytes, (has_tokens ? p.width : row_size) * size, p.num_threads),
           threads_for_bytes(out_bytes * tensors, p.num_threads)};
 }
 

@@ -13,6 +13,9 @@ namespace {
 // Integer arithmetic.
 struct Rounding512 {
   static __m256i to_bfloat16(__m512 x) { return rapid3rt::to_bfloat16(x); }
+  static __m512i to_bfloat16(__m512 x, __m512 y) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(to_bfloat16(x)), to_bfloat16(y), 1);
+  }
 };
 
 template <class Rounding>
@@ -30,6 +33,11 @@ struct Lanes512 {
 
   static __m256i narrow(BFloat16, Vec x) { return Rounding::to_bfloat16(x); }
   static __m256i narrow(Float16, Vec x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+  static __m512i narrow(BFloat16, Vec x, Vec y) { return Rounding::to_bfloat16(x, y); }
+  static __m512i narrow(Float16, Vec x, Vec y) {
+    const __m512i low = _mm512_castsi256_si512(narrow(Float16{}, x));
+    return _mm512_inserti64x4(low, narrow(Float16{}, y), 1);
+  }
 
   static void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
   template <class T>
@@ -41,6 +49,10 @@ struct Lanes512 {
   template <class T>
   static void stream(T* p, Vec x) {
     _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(T{}, x));
+  }
+  template <class T>
+  static void stream(T* p, Vec x, Vec y) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), narrow(T{}, x, y));
   }
   static void fence() { _mm_sfence(); }
 

@@ -48,6 +48,11 @@ struct LanesScalar {
   static void stream(T* p, Vec x) {
     store(p, x);
   }
+  template <class T>
+  static void stream(T* p, const Vec& x, const Vec& y) {
+    store(p, x);
+    store(p + kLanes, y);
+  }
   static void fence() {}
 
   static Vec zero() { return Vec{}; }

@@ -3,9 +3,10 @@
 // runs the same control flow and gives the same bits.
 //
 // V: Vec; load and store of float, BFloat16 and Float16 (store rounds to nearest even and keeps
-// NaN), stream (a store past the caches, aligned to its size) and fence after the last of them;
-// zero, set1, add, sub, mul, div, abs; keep(x, n): zeros in all lanes from n on; sum(x): lanes 0 to
-// 7 plus lanes 8 to 15, then quarters, and so on; inverse_sqrt of one float.
+// NaN), stream (past the caches, a line: one vector of floats, two of anything else; or half a
+// line) and fence after the last of them; zero, set1, add, sub, mul, div, abs; keep(x, n): zeros in
+// all lanes from n on; sum(x): lanes 0 to 7 plus lanes 8 to 15, then quarters, and so on;
+// inverse_sqrt of one float.
 #pragma once
 
 #include <stdint.h>
@@ -88,6 +89,23 @@ R3_INLINE inline void for_lanes(int64_t width, Body body) {
   if (j < width) body(j, width - j);
 }
 
+// out[j] = value(j, n) for the elements of a row. Streams write whole lines, two vectors where
+// elements are of two bytes.
+template <class V, class T, class Value>
+R3_INLINE inline void write_lanes(T* out, int64_t width, bool stream, Value value) {
+  int64_t first = 0;
+  for (constexpr int64_t kLine = 64 / sizeof(T); stream && first + kLine <= width; first += kLine) {
+    if constexpr (kLine == kLanes) {
+      V::stream(out + first, value(first, Whole{}));
+    } else {
+      V::stream(out + first, value(first, Whole{}), value(first + kLanes, Whole{}));
+    }
+  }
+  for_lanes(width - first, [&](int64_t j, auto n) R3_INLINE {
+    store<V>(out + first + j, value(first + j, n), n, stream);
+  });
+}
+
 // Sum of term(j, n) over a row; lanes from n on must be 0. Four sums, so that additions overlap.
 template <class V, class Term>
 R3_INLINE inline float sum_lanes(int64_t width, Term term) {
@@ -151,12 +169,11 @@ inline void modulate(const float* x, float total, int64_t width, const Modulatio
   const auto* const shift = static_cast<const T*>(m.shift);
   const auto* const weight = static_cast<const T*>(m.weight);
   const auto* const bias = static_cast<const T*>(m.bias);
-  for_lanes(width, [&](int64_t j, auto n) R3_INLINE {
+  write_lanes<V>(out, width, stream, [&](int64_t j, auto n) R3_INLINE {
     Vec y = V::mul(V::sub(V::load(x + j), mean), inverse);
     if (weight != nullptr) y = V::mul(y, load<V>(weight + j, n));
     if (bias != nullptr) y = V::add(y, load<V>(bias + j, n));
-    y = V::add(V::mul(y, V::add(one, load<V>(scale + j, n))), load<V>(shift + j, n));
-    store<V>(out + j, y, n, stream);
+    return V::add(V::mul(y, V::add(one, load<V>(scale + j, n))), load<V>(shift + j, n));
   });
 }
 
@@ -164,8 +181,8 @@ template <class V, class T, class C>
 inline void lookup_terms(const LookupPiece& p, C num_terms) {
   T* const out = static_cast<T*>(p.out);
   if (p.modulation == nullptr) {
-    for_lanes(p.count, [&](int64_t j, auto n) R3_INLINE {
-      store<V>(out + j, looked_up<V, T>(p, num_terms, j, n), n, p.stream);
+    write_lanes<V>(out, p.count, p.stream, [&](int64_t j, auto n) R3_INLINE {
+      return looked_up<V, T>(p, num_terms, j, n);
     });
     return;
   }
@@ -197,9 +214,9 @@ void gate(const GatePiece& p) {
       const T* const residual = static_cast<const T*>(p.residual) + token * p.width;
       const T* const y = static_cast<const T*>(p.y) + token * p.width;
       T* const out = static_cast<T*>(p.out) + token * p.width;
-      for_lanes(p.width, [&](int64_t j, auto n) R3_INLINE {
+      write_lanes<V>(out, p.width, p.stream, [&](int64_t j, auto n) R3_INLINE {
         const auto gated = V::mul(load<V>(gate + j, n), load<V>(y + j, n));
-        store<V>(out + j, V::add(load<V>(residual + j, n), gated), n, p.stream);
+        return V::add(load<V>(residual + j, n), gated);
       });
     }
   });
