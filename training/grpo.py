@@ -87,8 +87,8 @@ class Trainer:
         self.optimiser = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=0.0)
         self.running = Running(entropy=dict.fromkeys(heads.config.sampled, _FIRST_COEFFICIENT))
         self._plans: dict[str, torch.Tensor] = {}
-        self.hardness: torch.Tensor | None = None
-        """How far a pair's log error lies above the mean, of the searched family; None where it is not tabulated."""
+        self.tabulated: torch.Tensor | None = None
+        """Log errors of the searched family, a row per pair, a column per number of `TABLE`; None without a family."""
         self.errors = self._read_errors()
         self.rollout: Rollout | None = None
         """Of the last iteration, for pictures."""
@@ -125,7 +125,7 @@ class Trainer:
         metrics |= self._adapt(iteration, groups, rollout, metrics)
         with _timed(clock, "discriminator"):
             metrics |= self._teach(rollout)
-        metrics |= summary(rollout, rewards, terms, dead, self.ranks)
+        metrics |= summary(rollout, rewards, terms, dead, self.ranks) | self._margin(rollout)
         metrics |= shifts(self.heads, rollout.decisions, self.recipe, self.ranks)
         self.difficulty = difficulties(rollout, self.hardness, self.ranks)
         return metrics | {f"time/{phase}": seconds for phase, seconds in clock.items()}
@@ -203,15 +203,41 @@ class Trainer:
         total = self.quality.combine(terms)
         return total.view(shape), {name: term.view(shape) for name, term in terms.items()}
 
+    @property
+    def hardness(self) -> torch.Tensor | None:
+        """How far a pair's log error lies above the mean, of the searched family; None where it is not tabulated."""
+        logs = self.tabulated
+        return None if logs is None else (logs - logs.mean(0)).mean(1)
+
+    def _margin(self, rollout: Rollout) -> dict[str, float]:
+        """`rollout/margin`: by how much, in log error, groups lie below the searched family at the cost of each member.
+
+        The family's images are not made again: the bank has a table of their errors.
+        """
+        if self.tabulated is None:
+            return {}
+        ks, dense = self._numbers(), self.subject.searched.costs.levels[0]
+        margins = []
+        for group, error, steps in zip(rollout.groups, rollout.error, rollout.steps, strict=True):
+            whole, logs = error.isfinite(), self.tabulated[group.pair].tolist()
+            if whole.any():
+                known = [math.exp(_between(k / dense, ks, logs)) for k in steps[whole].tolist()]
+                margins.append(math.log(sum(known) / max(float(error[whole].sum()), 1e-12)))
+        sums = self.ranks.sum({"margin": sum(margins), "groups": float(len(margins))})
+        return {"rollout/margin": sums["margin"] / sums["groups"]} if sums["groups"] else {}
+
+    def _numbers(self) -> list[int]:
+        """Evaluations that the searched family is tabulated at."""
+        return [k for k in TABLE if k <= self.recipe.num_inference_steps]
+
     def _read_errors(self) -> dict[str, float]:
         """M_b of every dial, and the first price of each: the slope of the error curve, -d log M / d log b."""
         recipe, family = self.recipe, self.subject.searched.schedule
         if recipe.reward != "fidelity" or family is None:
             return {}
-        ks = [k for k in TABLE if k <= recipe.num_inference_steps]
+        ks = self._numbers()
         table = torch.stack([self.subject.training.searched(family, k).error for k in ks], 1)
-        logs = table.clamp(min=1e-9).log()
-        self.hardness = (logs - logs.mean(0)).mean(1)
+        self.tabulated = table.clamp(min=1e-9).log()
         means, errors = table.mean(0).log().tolist(), {}
         for dial in recipe.dials:
             errors[_name(dial)] = math.exp(_between(dial, ks, means))

@@ -4,6 +4,7 @@
 A metric is `group/name` or `group/name@number`, the number a dial, a sigma or an NFE:
 
     reward/TERM  rollout/m  cost/E@DIAL  cost/nfe@DIAL  cost/price@DIAL      of the sampled images of this iteration
+    rollout/margin   in log error, over the searched schedule at the same cost
     quality/m@DIAL  quality/m_prior@DIAL  quality/E@DIAL  quality/nfe@DIAL   of validation, served as users are
     entropy/HEAD  entropy/HEAD_floor  entropy/HEAD_prior  entropy_coefficient/HEAD
     policy/dead_groups  policy/missing_members  policy/clip_fraction  policy/kl  policy/kl_HEAD

@@ -65,6 +65,30 @@ def test_scale_and_price_come_from_the_table(subject: Subject, ranks: Ranks) -> 
     assert trainer.running.price["7"] == pytest.approx(min(max(slope, 0), 8), rel=1e-3)
 
 
+def test_the_margin_is_over_the_family_at_the_cost_of_each_member(
+    subject: Subject, ranks: Ranks, dial_walk: Any
+) -> None:
+    trainer, rollout = make(DIAL, subject, ranks), dial_walk.rollout
+    dense = small_world.COSTS.levels[0]
+    steps = torch.full_like(rollout.steps, 5 * dense)
+    steps[:, 1:] = math.sqrt(5 * 6) * dense
+    errors = {
+        k: subject.training.searched(small_world.FAMILY, k).error.clamp(min=1e-9) for k in (5, 6)
+    }
+    between = (errors[5] * errors[6]).sqrt()
+    pairs = [group.pair for group in rollout.groups]
+    family = between[pairs][:, None].expand_as(steps).clone()
+    family[:, 0] = errors[5][pairs]
+    made = replace(rollout, steps=steps, error=family / 2)
+    assert trainer._margin(made)["rollout/margin"] == pytest.approx(math.log(2), abs=1e-4)
+    made.error[0, 1:], made.error[1] = math.nan, family[1]
+    expected = math.log(2) * (len(pairs) - 1) / len(pairs)
+    assert trainer._margin(made)["rollout/margin"] == pytest.approx(expected, abs=1e-4)
+    made.error[:] = math.nan
+    assert trainer._margin(made) == {}
+    assert make(PAPER, subject, ranks)._margin(rollout) == {}
+
+
 def test_hardness_is_that_of_the_allocation(subject: Subject, ranks: Ranks) -> None:
     trainer = make(DIAL, subject, ranks)
     expected = read_pairs(subject.training, small_world.FAMILY).hardness
