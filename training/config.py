@@ -57,13 +57,15 @@ class Recipe:
     """Images of one pipeline call."""
 
     reward: Literal["fidelity", "paper"] = "fidelity"
-    """`fidelity`: -m / M - mu E / b. `paper`: w(K) (q + omega d)."""
+    """`fidelity`: -(m / M)^p / p - mu E / b. `paper`: w(K) (q + omega d)."""
     quality: tuple[tuple[str, float], ...] = (("scene", 1.0),)
     """Rewards q and their weights, for `paper`."""
     omega: float = 0.0
     """Weight of the discriminator; 0: there is none."""
     discount: float = 0.97
     """lambda of w(K)."""
+    error_power: float = 1.0
+    """p of the reward fidelity: 1 the mean error, 0.5 the mean of its root."""
     failure: float = 4.0
     """m / M of a group's best image above which cost does not count."""
 
@@ -165,6 +167,7 @@ _POSITIVE = (
     "clip_low",
     "clip_high",
     "kl_stop",
+    "error_power",
     "failure",
     "discount",
 )

@@ -159,6 +159,7 @@ class Trainer:
                 price=price,
                 dial=dials,
                 failure=self.recipe.failure,
+                power=self.recipe.error_power,
             )
             terms = {"relative_error": rollout.error / scale[:, None]}
         else:

@@ -52,16 +52,18 @@ def dial_reward(
     price: torch.Tensor,
     dial: torch.Tensor,
     failure: float,
+    power: float = 1.0,
 ) -> torch.Tensor:
-    """r = -m / M_b - mu_b E / b, the second term dropped for groups in which everybody fails.
+    """r = -(m / M_b)^p / p - mu_b E / b, the second term dropped for groups in which everybody fails.
 
     error, steps: m and E, `[P, G]`. scale, price, dial: M_b, mu_b and b of every group, `[P]`. failure: the least
-    m / M_b of a group above which it must not learn to fail quickly.
+    m / M_b of a group above which it must not learn to fail quickly. power: p; below 1 the few images whose outcome
+    flips weigh less, and a price means the same: where m is M_b all powers have one slope.
     """
     relative = error / scale[:, None]
     least = relative.nan_to_num(nan=float("inf")).amin(1)
     cost = price[:, None] * steps / dial[:, None]
-    return -relative - torch.where(least[:, None] > failure, 0.0, cost)
+    return -relative.pow(power) / power - torch.where(least[:, None] > failure, 0.0, cost)
 
 
 # Advantages -----------------------------------------------------------------------------------------------------------

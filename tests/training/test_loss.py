@@ -50,6 +50,17 @@ def test_the_dial_reward_prices_steps_unless_all_fail():
     assert rewards[1].tolist() == pytest.approx([-4.5, -5.0])  # the cheaper one gains nothing
 
 
+def test_a_root_of_the_error_weighs_large_ones_less_and_has_the_same_slope_at_the_scale():
+    given = {"scale": tensor(4.0), "price": tensor(2.0), "dial": tensor(8.0), "failure": 4.0}
+    steps = torch.full((1, 3), 8.0)
+    root = loss.dial_reward(torch.tensor([[1.0, 4.0, 16.0]]), steps, power=0.5, **given)
+    assert root[0].tolist() == pytest.approx([-1.0 - 2, -2.0 - 2, -4.0 - 2])
+    for power in (0.25, 0.5, 1.0):
+        near = torch.tensor([[3.99, 4.01]])
+        low, high = loss.dial_reward(near, steps[:, :2], power=power, **given)[0].tolist()
+        assert (high - low) / 0.02 == pytest.approx(-1 / 4, rel=1e-3)
+
+
 def test_one_image_without_a_value_does_not_hide_that_the_others_fail():
     rewards = loss.dial_reward(
         torch.tensor([[NAN, 20.0]]),
