@@ -110,10 +110,11 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
             values = results[name]["E"]
             smooth = [fmean(values[max(0, i - 4) : i + 1]) for i in range(len(values))]
             axes.plot(range(1, len(values) + 1), smooth, label=ABLATIONS[name][0])
-        axes.set(title=title, xlabel="iteration", ylim=(0, None))
+        axes.set(title=title, xlabel="iteration")
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("equivalent steps (mean of five)")
+    panels[0].set_ylim(0, 1.05 * max(max(results[name]["E"]) for name in results))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
