@@ -22,7 +22,9 @@ from typing import Any
 
 from record import save
 
-SHARED = ["--dtype", "bfloat16", "--groups", "3", "--iterations", "40", "--evaluate-every", "20"]
+ITERATIONS = 40
+SHARED = ["--dtype", "bfloat16", "--groups", "3", "--iterations", str(ITERATIONS)]
+SHARED += ["--evaluate-every", "20"]
 SHARED += ["--learning-rate", "5e-4", "--validation-pairs", "64"]
 ABLATIONS: dict[str, tuple[str, list[str]]] = {
     "qd": ("three heads, Q + D, GRPO, lambda 0.97", []),
@@ -39,11 +41,16 @@ ENDS = 10
 
 
 def train(name: str, options: argparse.Namespace) -> None:
-    """Run one ablation to its end, or do nothing where it is there."""
+    """Run one ablation to its end; nothing where it has come to it. What stops a run stops this, with its message."""
     out = options.out / name
+    done = (out / "policy" / "config.json").exists() and len(read(name, options)) == ITERATIONS
+    if done:
+        return
     command = [sys.executable, "-m", "training.run", "tiny-sd3-paper", "--out", str(out)]
     command += ["--banks", str(options.banks), "--resume", "auto", *SHARED, *ABLATIONS[name][1]]
-    subprocess.run(command, check=True)
+    status = subprocess.run(command, check=False).returncode
+    if status:
+        sys.exit(status)
 
 
 def read(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
