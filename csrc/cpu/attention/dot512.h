@@ -44,20 +44,6 @@ struct DotProducts {
     }
   }
 
-  static const char* value_row(const Tile& t, int64_t key) {
-    return plain_value_row<kType>(t, key);
-  }
-
-  static void make_logits(const Plan& p, const Word* queries, int64_t num_keys, int64_t dim,
-                          Vec (&top)[kVectors]) {
-    rapid3rt::make_logits<DotProducts>(p, queries, num_keys, dim / 2, top);
-  }
-
-  static void add_values(const Plan& p, Word* output, int64_t pairs, int64_t dim, bool first,
-                         const Vec (&decay)[kVectors]) {
-    rapid3rt::add_values<DotProducts>(p, output, pairs, dim, first, decay);
-  }
-
   // Weights of two keys become one row of words. Their sum is taken before they are rounded.
   static void make_weights(Word* logits, int64_t num_keys, Vec scale, const Vec (&base)[kVectors],
                            Vec (&sum)[kVectors]) {

@@ -9,8 +9,7 @@
 // follow each other along the axis that is summed over (M::kPair = 2).
 //
 // V, vectors of kLanes floats: load, store, set1, zero, mul, add, max, fma, exp2<degree>, ...
-// M, products: V, kPair, kType, how queries, keys, values and weights become words, and the two
-//   products themselves: make_logits and add_values, unless those below serve.
+// M, products: V, kPair, kType, and how queries, keys, values and weights become words.
 //
 // No lane reads another and every sum runs in the order of the list: a query's result depends
 // neither on its neighbours in the tile nor on the width of the vectors' groups.
@@ -66,7 +65,6 @@ struct Plan {
   float* row_sum;          // [block_q]
   const char** key_row;    // [kChunk]
   const char** value_row;  // [kChunk]
-  int64_t value_stride;    // bytes between rows of packed values
   int64_t bytes;
 };
 
@@ -89,7 +87,6 @@ inline Plan make_plan(const Tile& t) {
   p.row_sum = static_cast<float*>(take(num_q, 4));
   p.key_row = static_cast<const char**>(take(kChunk, sizeof(char*)));
   p.value_row = static_cast<const char**>(take(kChunk, sizeof(char*)));
-  p.value_stride = t.block_kv * 2;
   p.bytes = static_cast<int64_t>(at - begin);
   return p;
 }
@@ -168,7 +165,7 @@ inline void run_panel(const Tile& t, const Plan& p, int64_t col, int64_t num_key
   const Word* const queries = p.queries + col * (dim / M::kPair);
   Vec top[kVectors], base[kVectors], sum[kVectors], decay[kVectors];
   for (int c = 0; c < kVectors; ++c) top[c] = V::set1(-__builtin_inff());
-  M::make_logits(p, queries, num_keys, dim, top);
+  make_logits<M>(p, queries, num_keys, dim / M::kPair, top);
   const Vec scale = V::set1((t.scale < 0 ? -t.scale : t.scale) * kLog2E);
   for (int c = 0; c < kVectors; ++c) {
     float* const row_max = p.row_max + col + c * V::kLanes;
@@ -186,7 +183,7 @@ inline void run_panel(const Tile& t, const Plan& p, int64_t col, int64_t num_key
     V::store(row_sum, V::fma(V::load(row_sum), decay[c], sum[c]));
   }
   const int64_t pairs = (num_keys + M::kPair - 1) / M::kPair;
-  M::add_values(p, p.output + col * dim, pairs, dim, first, decay);
+  add_values<M>(p, p.output + col * dim, pairs, dim, first, decay);
 }
 
 // Queries to words, transposed: panels [head_dim / pair, W], zero beyond num_q. A negative scale is
@@ -252,23 +249,20 @@ inline void pad_keys(const Plan& p, int64_t num_keys) {
   for (int64_t i = num_keys; i % kKeyGroup != 0; ++i) p.key_row[i] = p.key_row[i - 1];
 }
 
-template <int kType>
-inline const char* plain_value_row(const Tile& t, int64_t key) {
-  return static_cast<const char*>(t.v.data) + key * t.v.token * element_bytes(kType);
-}
-
 // Addresses of the next listed keys and values, as many blocks as fit into a chunk.
 template <class M>
 inline int64_t next_chunk(const Tile& t, const Plan& p, int64_t& listed) {
   int64_t num_keys = 0;
   const char* const k = static_cast<const char*>(t.k.data);
-  const int64_t token = t.k.token * element_bytes(M::kType);
+  const char* const v = static_cast<const char*>(t.v.data);
+  const int64_t k_token = t.k.token * element_bytes(M::kType);
+  const int64_t v_token = t.v.token * element_bytes(M::kType);
   for (; listed < t.num_listed && num_keys + t.block_kv <= kChunk; ++listed) {
     const int64_t first = (t.index == nullptr ? listed : t.index[listed]) * t.block_kv;
     const int64_t last = smaller(first + t.block_kv, t.num_kv);
     for (int64_t key = first; key < last; ++key, ++num_keys) {
-      p.key_row[num_keys] = k + key * token;
-      p.value_row[num_keys] = M::value_row(t, key);
+      p.key_row[num_keys] = k + key * k_token;
+      p.value_row[num_keys] = v + key * v_token;
     }
   }
   return num_keys;
@@ -341,20 +335,6 @@ struct FloatProducts {
     for (int64_t i = 0; i < num_keys; ++i) {
       load_row(p.values + i * (dim + kSpread), p.value_row[i], dim);
     }
-  }
-
-  static const char* value_row(const Tile& t, int64_t key) {
-    return plain_value_row<kType>(t, key);
-  }
-
-  static void make_logits(const Plan& p, const Word* queries, int64_t num_keys, int64_t dim,
-                          Vec (&top)[kVectors]) {
-    rapid3rt::make_logits<FloatProducts>(p, queries, num_keys, dim, top);
-  }
-
-  static void add_values(const Plan& p, Word* output, int64_t pairs, int64_t dim, bool first,
-                         const Vec (&decay)[kVectors]) {
-    rapid3rt::add_values<FloatProducts>(p, output, pairs, dim, first, decay);
   }
 
   static void make_weights(Word* logits, int64_t num_keys, Vec scale, const Vec (&base)[kVectors],
