@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """Run, compare, write, print; returns the document."""
-    pipe = load_model(options.model)
+    pipe = load_model(options.model, options.dtype)
     pipe.set_progress_bar_config(disable=True)
     settings = _settings(options)
     for folder in (*settings.policies, settings.base):
@@ -67,7 +67,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     protocol.try_out()
     calibration = protocol.calibrate()
     study = protocol.study(calibration)
-    document = describe(study, settings, calibration, options.model)
+    document = describe(study, settings, calibration, options.model, options.dtype)
     write_document(out / "evaluate.json", document)
     pictures = panels.draw_all(document, out) if panels.can_draw() else []
     pictures.append(_draw_examples(protocol, study, out / "pairs.png"))
@@ -77,18 +77,18 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     return document
 
 
-def load_model(name: str) -> Any:
-    """The pipeline of a name such as `tiny-sd3`. Raises `ValueError` for one that is not known."""
+def load_model(name: str, dtype: str) -> Any:
+    """The pipeline of a name such as `tiny-sd3`, in a dtype such as `float32`. Raises `ValueError` for one unknown."""
     known = [_PREFIX + bundled for bundled in bundled_names()]
     if name not in known:
         raise ValueError(f"model must be one of {', '.join(known)}, got {name!r}")
-    return rapid3rt.load_tiny(name.removeprefix(_PREFIX))
+    return rapid3rt.load_tiny(name.removeprefix(_PREFIX), getattr(torch, dtype))
 
 
 def describe(
-    study: Study, settings: Settings, calibration: Calibration, model: str
+    study: Study, settings: Settings, calibration: Calibration, model: str, dtype: str
 ) -> dict[str, Any]:
-    """The document: what was asked, where it ran, what was measured and what it says. model: its name."""
+    """The document: what was asked, where it ran, what was measured and what it says. model, dtype: their names."""
     comparison = Comparison(study, settings.draws)
     chosen = asdict(settings)
     for name in ("policies", "base", "schedules"):
@@ -96,7 +96,7 @@ def describe(
     document: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
-        "settings": {"model": model, **chosen},
+        "settings": {"model": model, "dtype": dtype, **chosen},
         "machine": machine(),
         "policies": [_named(folder) for folder in settings.policies],
         "base": _named(settings.base),
@@ -216,6 +216,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--derangements", type=int, help="shuffles of each; else 2")
     add("--reference", type=int, help="steps of the converged solutions; else 120")
     add("--draws", type=int, help="of the bootstrap; else 2000")
+    dtypes = ("float32", "bfloat16", "float16")
+    add("--dtype", choices=dtypes, default=dtypes[0], help="of the generator; else float32")
     add("--guidance", type=float, help=f"guidance scale of the call; else {GUIDANCE:g}")
     add("--threads", type=int, help="of torch; else its own choice")
     return parser

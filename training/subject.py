@@ -73,9 +73,7 @@ def load_pipeline(recipe: Recipe, device: torch.device) -> Any:
     """The frozen generator, without bars of its own."""
     dtype = getattr(torch, recipe.dtype)
     if recipe.model.startswith(_TINY):
-        pipe = rapid3rt.load_tiny(recipe.model.removeprefix(_TINY))
-        if dtype != torch.float32:
-            pipe.to(dtype)
+        pipe = rapid3rt.load_tiny(recipe.model.removeprefix(_TINY), dtype)
     else:
         from diffusers import DiffusionPipeline
 

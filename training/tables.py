@@ -18,7 +18,7 @@ def markdown(document: Json, pictures: Iterable[str] = ()) -> str:
     names = ", ".join(policy["name"] for policy in document["policies"])
     seeds = len(document["policies"])
     head = [
-        f"# {names} on {settings['model']}",
+        f"# {names} on {settings['model']} in {settings['dtype']}",
         f"{settings['pairs']} pairs of the {settings['split']} split ({settings['others']} for some rivals), "
         f"{seeds} training seed{'s' * (seeds > 1)}. Error m: mean squared difference to the converged solution "
         f"({settings['reference']} steps), pixels in -1..1, in 1e-3. Cost: equivalent steps, mean over images. "

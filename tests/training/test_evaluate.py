@@ -118,6 +118,18 @@ def test_one_command_leaves_everything_and_goes_on_from_its_cache(
     assert len(trained["ways"]["ours"]["3"]["error_by_seed"]) == 2
     assert trained["ways"]["plain"] == document["ways"]["plain"]
 
+    # Another dtype is another pipeline: nothing of the runs is its own.
+    made.clear()
+    evaluate.main([*words, "--dtype", "bfloat16", "--out", str(tmp_path / "half")])
+    half = json.loads((tmp_path / "half" / "evaluate.json").read_text())
+    assert "plain" in made
+    assert half["settings"] == {**document["settings"], "dtype": "bfloat16"}
+    errors, exact = (
+        [d["ways"]["plain"][k]["error"]["value"] for k in "34"] for d in (half, document)
+    )
+    assert errors == pytest.approx(exact, rel=0.1)
+    assert errors != exact
+
 
 def test_further_means_stay_within_what_policies_were_calibrated_for(tmp_path: Path) -> None:
     words = f"{learned(tmp_path, 0)} --model tiny-sd3 --out x --dials 5 6"

@@ -23,6 +23,7 @@ def document(made: Study) -> dict[str, Any]:
     parts: dict[str, Any] = {
         "settings": {
             "model": "tiny-sd3",
+            "dtype": "float32",
             "pairs": len(made.scenes),
             "others": 20,
             "calibration": 8,
