@@ -9,6 +9,9 @@
 // largest logit of the first 32 keys, and stays: weights relative to it are as exact as any, as
 // long as they do not overflow. Where those of a chunk add up to more than kLimit, the chunk is
 // weighed anew and the queries concerned, only they, get a higher base.
+//
+// Weights beside the value products too, those of the chunk before, were 0.88 to 1.04 times as
+// fast: the weights of two chunks and the operands of both products do not fit the first cache.
 #include "attention/amx_tile.h"
 #include "attention/dot512.h"
 
@@ -132,13 +135,13 @@ class TileRun {
  public:
   explicit TileRun(const Tile& t)
       : t_(t),
-        p_(make_plan(t)),
+        p_(make_plan(t, 0)),
         logits_(reinterpret_cast<Word*>(static_cast<char*>(t.scratch) + p_.bytes)),
         weights_(logits_ + kGroups * kSums),
         scale_(V::set1((t.scale < 0 ? -t.scale : t.scale) * kLog2E)) {}
 
   static int64_t scratch_bytes(const Tile& t) {
-    return flash_scratch_bytes(t) + kGroups * (kSums + kPanels * kWeights) * 4;
+    return plan_bytes(t, 0) + kGroups * (kSums + kPanels * kWeights) * 4;
   }
 
   void run() {

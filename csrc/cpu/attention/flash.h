@@ -68,7 +68,8 @@ struct Plan {
   int64_t bytes;
 };
 
-inline Plan make_plan(const Tile& t) {
+// chunk: keys of a chunk, 0 where they are used in another form.
+inline Plan make_plan(const Tile& t, int64_t chunk = kChunk) {
   const int64_t num_q = t.block_q, dim = t.head_dim;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(t.scratch);
   uintptr_t at = begin;
@@ -80,22 +81,24 @@ inline Plan make_plan(const Tile& t) {
   Plan p{};
   p.queries = static_cast<Word*>(take(dim * num_q, 4));
   p.output = static_cast<Word*>(take(dim * num_q, 4));
-  p.keys = static_cast<Word*>(take(kChunk * dim, 4));
-  p.values = static_cast<Word*>(take(kChunk * (dim + kSpread), 4));
-  p.logits = static_cast<Word*>(take(kChunk * kWidest, 4));
+  p.keys = static_cast<Word*>(take(chunk * dim, 4));
+  p.values = static_cast<Word*>(take(chunk * (dim + kSpread), 4));
+  p.logits = static_cast<Word*>(take(chunk * kWidest, 4));
   p.row_max = static_cast<float*>(take(num_q, 4));
   p.row_sum = static_cast<float*>(take(num_q, 4));
-  p.key_row = static_cast<const char**>(take(kChunk, sizeof(char*)));
-  p.value_row = static_cast<const char**>(take(kChunk, sizeof(char*)));
+  p.key_row = static_cast<const char**>(take(chunk, sizeof(char*)));
+  p.value_row = static_cast<const char**>(take(chunk, sizeof(char*)));
   p.bytes = static_cast<int64_t>(at - begin);
   return p;
 }
 
-inline int64_t flash_scratch_bytes(const Tile& t) {
+inline int64_t plan_bytes(const Tile& t, int64_t chunk) {
   Tile empty = t;
   empty.scratch = nullptr;
-  return make_plan(empty).bytes;
+  return make_plan(empty, chunk).bytes;
 }
+
+inline int64_t flash_scratch_bytes(const Tile& t) { return plan_bytes(t, kChunk); }
 
 // acc[R, kVectors] = left[R, depth] right[depth, kVectors], where left(r, i) is a word.
 template <class M, int R, class Left>
