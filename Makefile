@@ -31,7 +31,7 @@ test: lint ## Lint, types and all tests
 
 check: $(VENV)/.built ## Quick inner loop: lint and the tests that are not slow
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -m "not slow and not cuda" -x -q $(TEST_ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not slow and not cuda" -n auto --dist worksteal -x -q $(TEST_ARGS)
 
 lint: $(VENV)/.built ## Ruff, mypy and clang-format
 	$(BIN)/ruff check .

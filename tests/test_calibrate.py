@@ -203,6 +203,7 @@ def test_a_controlnet_is_calibrated_with_one_picture_or_not_at_all(
     check_call(controlled, {"control_image": [PICTURE, torch.rand(1, 3, 64, 64)]})
 
 
+@pytest.mark.slow
 def test_costs_include_the_controlnet_and_belong_to_it(
     controlled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,6 +71,7 @@ def test_a_walk_ends_where_the_runtime_does_with_these_weights(
     assert torch.equal(walked(bench, family, rows).end(), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("j", range(K))
 def test_a_walk_begins_again_where_another_passed(bench: Bench, family: WarpFamily, j: int) -> None:
     walk, other = walked(bench, family, some_rows()), some_rows()

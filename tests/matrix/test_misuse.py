@@ -94,6 +94,7 @@ def test_a_branch_of_another_dtype_is_what_it_is_in_the_plain_pipeline(kind: str
 # Between two calls ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [load_lora, fuse_lora, unload_lora])
 @kinds
 def test_a_lora_between_two_calls(kind: str, change: Callable[[Any], None]) -> None:
@@ -105,6 +106,7 @@ def test_a_lora_between_two_calls(kind: str, change: Callable[[Any], None]) -> N
     assert torch.equal(after, before) == (change is unload_lora)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["pipeline", "transformer"])
 @kinds
 def test_another_dtype_between_two_calls(kind: str, part: str) -> None:

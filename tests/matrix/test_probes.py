@@ -13,6 +13,7 @@ CELLS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("probe", "kind"), CELLS)
 def test_what_other_caches_get_wrong_is_right(probe: Probe, kind: str) -> None:
     probe.ask(kind)

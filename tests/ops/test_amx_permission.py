@@ -58,6 +58,7 @@ def has_amx() -> bool:
     return info.exists() and {"amx_tile", "amx_bf16"} <= set(info.read_text().split())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_amx(), reason="no AMX to be refused")
 @pytest.mark.parametrize("refused", [True, False])
 def test_attention_does_without_tiles_where_they_are_refused(refused: bool) -> None:

@@ -66,6 +66,7 @@ def test_a_full_list_is_dense_attention(head_dim: int, block: int, dtype: torch.
         assert_same("list", attend(heads, mode + 1, (count, index, None), block, lengths), dense)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("head_dim", "block"), SHAPES)
 def test_a_row_depends_on_itself_alone(head_dim: int, block: int, dtype: torch.dtype) -> None:
     """Neither its neighbours nor their modes, lists and lengths, nor the order of work, nor the threads."""

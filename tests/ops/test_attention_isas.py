@@ -17,6 +17,7 @@ CLOSE = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 LENGTHS = (1, 3, 63, 64, 65, 113, 127, 128, 129, 203, 239, 799, 1023)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases_of("block_sparse_attention"), ids=str)
 @pytest.mark.parametrize("isa", ISAS)
@@ -25,6 +26,7 @@ def test_every_isa_is_as_exact_as_sdpa(isa: str, case: Case, dtype: torch.dtype)
         check_attention(f"{isa} {case}", case.arguments(dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [8, 24, 32, 40, 64, 72, 96, 128, 136])
 @pytest.mark.parametrize("isa", ISAS)
@@ -38,6 +40,7 @@ def test_every_head_dim_is_exact(isa: str, head_dim: int, dtype: torch.dtype) ->
         check_attention(f"{isa}", (q, k, v, mode, *lists, None, 64, 64, head_dim**-0.5, True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("block", [32, 64, 128])
 @pytest.mark.parametrize("isa", ISAS)

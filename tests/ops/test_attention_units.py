@@ -50,6 +50,7 @@ def test_the_flags_here_are_those_of_the_build() -> None:
     assert {p.stem for p in UNITS} == set(FLAGS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", UNITS, ids=lambda p: p.stem)
 def test_an_object_shares_nothing_with_the_base_build(unit: Path, tmp_path: Path) -> None:
     """A weak symbol may be the copy that the linker keeps for everyone: instructions that a machine lacks."""

@@ -109,11 +109,13 @@ def run_with_isa(isa: str, code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_the_environment_forces_a_lower_isa() -> None:
     done = run_with_isa("scalar", "print(ops.info()['isa'])")
     assert done.stdout.strip() == "scalar", done.stderr
 
 
+@pytest.mark.slow
 def test_a_wrong_isa_lets_the_package_be_imported() -> None:
     done = run_with_isa("mmx", "print(ops.describe_backend())")
     assert done.stdout.startswith("none: RAPID3RT_CPU_ISA must be one of scalar"), done.stderr

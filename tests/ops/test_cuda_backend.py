@@ -226,6 +226,7 @@ def test_tensors_of_two_devices_never_reach_a_kernel() -> None:
     assert op(torch.ones(2), torch.zeros(1, dtype=torch.int32)).item() == 1
 
 
+@pytest.mark.slow
 def test_importing_the_package_never_loads_the_module() -> None:
     code = "import sys, rapid3rt.ops; print('rapid3rt._cuda' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

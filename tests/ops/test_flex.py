@@ -315,6 +315,7 @@ def check_dense(arguments: Arguments) -> None:
     assert lse.shape == (0,)
 
 
+@pytest.mark.slow
 def test_every_shape_is_compiled_once_however_many_there_are(
     eager_compiler: flex.CompiledShapes,
 ) -> None:

@@ -40,6 +40,7 @@ def test_fakes_and_schemas_tell_the_truth(case: Case) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FIRST, ids=str)
 def test_opcheck_passes_in_full(case: Case) -> None:
     torch.library.opcheck(getattr(library, case.op), case.arguments(torch.float32))
@@ -50,6 +51,7 @@ def run(case: Case, arguments: tuple[Any, ...], backend: str) -> tuple[torch.Ten
     return (*result_tensors(result), *(arguments[i] for i in case.writes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("case", FIRST, ids=str)
 def test_every_op_compiles_into_one_graph(case: Case, backend: str) -> None:

@@ -130,6 +130,7 @@ def test_order_is_longest_first_then_by_id() -> None:
     assert order.tolist() == sorted(range(len(cost)), key=lambda i: (-cost[i], i))
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(data=st.data(), isa=st.sampled_from(ISAS), dtype=st.sampled_from(DTYPES))
 def test_random_geometries_choose_as_the_reference(

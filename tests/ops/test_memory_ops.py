@@ -49,6 +49,7 @@ def moved(x: torch.Tensor) -> torch.Tensor:
     return room[1 : 1 + x.numel()].view(x.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases_of(*OPS), ids=str)
 def test_every_isa_gives_the_same_bits(case: Case, dtype: torch.dtype) -> None:
@@ -82,6 +83,7 @@ def test_every_width_has_the_bits_of_the_reference(isa: str, dtype: torch.dtype)
         assert_same_call(f"{isa} store width {width}", got[1:], want[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [c for c in cases_of(*OPS) if not c.bench], ids=str)
 def test_addresses_need_no_alignment(case: Case, dtype: torch.dtype) -> None:
@@ -218,6 +220,7 @@ def test_lookups_and_stores_of_random_shapes(
                 torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"])
 def test_row_units_share_nothing_with_the_base_build(isa: str, tmp_path: Path) -> None:
     unit = units.ROOT / "csrc" / "cpu" / "rowwise" / f"{isa}.cpp"

@@ -44,6 +44,7 @@ def test_native_has_the_bits_of_the_reference(case: Case, dtype: torch.dtype) ->
             assert_same_bits(f"{case!s} result {i}", a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases_of("norm_modulate", "cache_lookup_norm"), ids=str)
 def test_native_norms_are_as_exact_as_pytorch(case: Case, dtype: torch.dtype) -> None:
@@ -53,6 +54,7 @@ def test_native_norms_are_as_exact_as_pytorch(case: Case, dtype: torch.dtype) ->
     assert_close(str(case), got, eager(case, arguments)(), truth)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases_of("block_sparse_attention"), ids=str)
 def test_native_attention_is_as_exact_as_sdpa(case: Case, dtype: torch.dtype) -> None:

@@ -181,6 +181,7 @@ def window(nets: int) -> Arguments:
     return {"control_guidance_start": [0.0, 0.5], "control_guidance_end": [0.5, 1.0]}
 
 
+@pytest.mark.slow
 @kinds
 @singles_and_multis
 @guidances
@@ -211,6 +212,7 @@ def test_dense_is_plain_in_bf16(kind: str, nets: int) -> None:
     assert torch.equal(plain, call(pipe, arguments))
 
 
+@pytest.mark.slow
 @kinds
 @singles_and_multis
 @guidances
@@ -241,6 +243,7 @@ VARIANTS: dict[str, tuple[str, int, Arguments, Arguments]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_dense_is_plain_and_reuse_depends_on_no_neighbour_in_every_variant(variant: str) -> None:
     kind, nets, config, more = VARIANTS[variant]
@@ -326,6 +329,7 @@ def compare_with_singles(pipe: Any, arguments: Arguments) -> None:
         assert relative_error(single[0], batch[i]) <= TOLERANCE, i
 
 
+@pytest.mark.slow
 @kinds
 @singles_and_multis
 @guidances
@@ -345,6 +349,7 @@ def test_decisions_give_the_latents_of_the_slow_loop(kind: str, nets: int, cfg: 
         assert is_far(walked, denoise(other, without, word, policy.grid, cfg)), i
 
 
+@pytest.mark.slow
 @kinds
 @singles_and_multis
 @guidances
@@ -395,6 +400,7 @@ def count_rows(net: torch.nn.Module) -> list[int]:
     return calls
 
 
+@pytest.mark.slow
 @kinds
 @singles_and_multis
 @guidances
@@ -501,6 +507,7 @@ def test_a_deferred_call_runs_for_rows_that_are_missing_only() -> None:
 # Windows -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["steps:3", "steps:3/trim", "controller:0.3"])
 @pytest.mark.parametrize(
     "counting",
@@ -526,6 +533,7 @@ def test_a_window_refuses_a_policy_that_leaves_the_grid(policy: str, counting: A
         assert torch.equal(usual, call(pipe, arguments, **whole))
 
 
+@pytest.mark.slow
 @kinds
 @singles_and_multis
 def test_a_policy_on_the_grid_works_with_a_window(kind: str, nets: int) -> None:
@@ -583,6 +591,7 @@ OTHERS: dict[str, Callable[[int], tuple[Any, Arguments]]] = {
 }
 
 
+@pytest.mark.slow
 @singles_and_multis
 @pytest.mark.parametrize("other", list(OTHERS))
 def test_dense_is_plain_in_the_other_pipelines(other: str, nets: int) -> None:
@@ -604,6 +613,7 @@ def test_dense_is_plain_in_the_other_pipelines(other: str, nets: int) -> None:
 # Components, restore, sharing ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @kinds
 @singles_and_multis
 def test_restore_leaves_no_trace(kind: str, nets: int) -> None:
@@ -662,6 +672,7 @@ def test_a_second_call_may_have_another_size_and_batch() -> None:
         assert torch.equal(call(pipe, one, 4), call(fresh, one, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["controlnet", "transformer", "callback"])
 @pytest.mark.parametrize("kind", ["sd3", "dev"])
 def test_an_exception_in_the_middle_leaves_the_next_run_clean(kind: str, where: str) -> None:

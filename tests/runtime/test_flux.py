@@ -81,6 +81,7 @@ def call_flux(
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
 @pytest.mark.parametrize("true_cfg", [False, True])
 @pytest.mark.parametrize("size", [(32, 32), (16, 48)])
@@ -133,6 +134,7 @@ def test_sigmas_of_the_users_own_are_refused_where_the_policy_sets_the_grid() ->
         call_flux(pipe, 4, sigmas=[1.0, 0.7, 0.4, 0.1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["threshold:0.3", "controller:0.3", "steps:3/trim/ab2"])
 def test_a_batch_equals_its_singles(policy: str) -> None:
     pipe = make_flux("dev")

@@ -162,6 +162,7 @@ def test_dense_is_plain(kind: str, image: Any, size: tuple[int, int], dtype: tor
     assert torch.equal(plain, accelerated)
 
 
+@pytest.mark.slow
 @kinds
 @references
 def test_fewer_steps_are_the_plain_fewer_steps_with_the_shift_of_their_number(

@@ -53,6 +53,7 @@ def run(pipe: Any, steps: int, strength: float) -> torch.Tensor:
     return call_flux(pipe, steps, (side, side), **arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inpaint", [False, True], ids=["img2img", "inpaint"])
 @pytest.mark.parametrize("family", PIPELINES)
 @pytest.mark.parametrize("strength", STRENGTHS)
@@ -65,6 +66,7 @@ def test_dense_is_the_plain_pipeline_bit_for_bit(
     assert torch.equal(plain, run(pipe, TICKS, strength))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inpaint", [False, True], ids=["img2img", "inpaint"])
 @pytest.mark.parametrize("family", PIPELINES)
 @pytest.mark.parametrize("strength", STRENGTHS)
@@ -80,6 +82,7 @@ def test_fewer_steps_are_those_of_the_plain_pipeline_at_the_same_strength(
     assert nfe == {steps - int(max(steps - min(steps * strength, steps), 0))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inpaint", [False, True], ids=["img2img", "inpaint"])
 @pytest.mark.parametrize("family", PIPELINES)
 @pytest.mark.parametrize("policy", ["steps:3/trim/auto", "threshold:0.2", "controller:0.2"])
@@ -95,6 +98,7 @@ def test_policies_that_leave_the_grid_end_within_the_shorter_run(
     assert all(ticks[-1].next_sigma == 0 for ticks in report.trace.images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", PIPELINES)
 @pytest.mark.parametrize(
     ("dial", "expected"),

@@ -82,6 +82,7 @@ def test_the_twin_shows_the_real_signatures() -> None:
     assert {n: inspect.signature(getattr(pipe.scheduler, n)) for n in real} == real
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "policy", ["steps:4", "steps:4/trim", "controller:0.1", "auto", "threshold:0.1/ab2"]
 )

@@ -365,6 +365,7 @@ MOVES: dict[str, Change] = {
 }
 
 
+@pytest.mark.slow
 @before_and_after
 @pytest.mark.parametrize("move", MOVES)
 def test_offloading_and_casting_change_nothing(move: str, when: str) -> None:
@@ -656,6 +657,7 @@ def test_an_interruption_after_every_image_has_ended_is_none() -> None:
 # Compilation ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @before_and_after
 def test_compiled_blocks_stay_compiled(when: str) -> None:
     def compile_blocks(pipe: Any) -> None:

@@ -325,6 +325,7 @@ def test_decisions_give_the_latents_of_the_loop(layout: str, guidance: float, sc
     check(layout, scripts(), SMALL, guidance)
 
 
+@pytest.mark.slow
 @layouts
 @guidances
 @pytest.mark.parametrize("size", [SQUARE, SEAM])
@@ -339,6 +340,7 @@ def test_sparse_levels_beside_dense_give_the_latents_of_the_loop(
     assert min(moved[1:]) > 1e-3, moved
 
 
+@pytest.mark.slow
 @layouts
 @guidances
 @pytest.mark.parametrize("seed", [0, 1])

@@ -88,6 +88,7 @@ def test_a_reused_tick_takes_euler() -> None:
     assert torch.equal(reused, x + (then - now) * (x + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_trace_of_fitted_steps_replays_bit_for_bit(dtype: torch.dtype, tmp_path: Any) -> None:
     pipe = make_pipeline("sd3", dtype)
@@ -120,6 +121,7 @@ def test_a_call_that_fitted_steps_do_not_suit_is_told() -> None:
         assert ("(here: guidance 3, not 7)" in str(report)) is (order == AUTO)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [1.0, 12.0])
 def test_a_trace_of_the_automatic_order_replays_bit_for_bit(guidance: float, tmp_path: Any) -> None:
     pipe = make_pipeline("sd3", torch.float32)

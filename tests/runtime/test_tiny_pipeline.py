@@ -48,6 +48,7 @@ def test_dense_is_the_plain_pipeline_bit_for_bit(pipe: Any, guidance: float) -> 
     assert torch.equal(plain, call(pipe, 3, guidance_scale=guidance))
 
 
+@pytest.mark.slow
 def test_dense_keeps_skip_layer_guidance_and_a_policy_that_leaves_the_grid_is_refused(
     pipe: Any,
 ) -> None:
@@ -71,6 +72,7 @@ def test_three_steps_under_a_run_of_six_are_the_plain_three_steps(pipe: Any) -> 
     assert [i.nfe for i in rapid3rt.report(pipe).images] == [3, 3, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["threshold:0.3", "controller:0.2", "steps:3/trim/ab2"])
 def test_a_batch_equals_its_singles_and_a_saved_trace_replays_it(
     pipe: Any, policy: str, tmp_path: Path
@@ -131,6 +133,7 @@ def test_an_exception_in_the_middle_leaves_the_next_run_clean(pipe: Any) -> None
     assert torch.equal(expected, call(pipe, 4))
 
 
+@pytest.mark.slow
 def test_sparse_levels_change_the_image_a_little_and_are_reported(
     pipe: Any, tmp_path: Path
 ) -> None:
@@ -148,6 +151,7 @@ def test_sparse_levels_change_the_image_a_little_and_are_reported(
     assert rapid3rt.report(pipe).images[0].timeline == "C11"
 
 
+@pytest.mark.slow
 def test_several_images_of_one_prompt_are_images_of_their_own(pipe: Any) -> None:
     noise = [torch.Generator().manual_seed(i) for i in range(4)]
     arguments: dict[str, Any] = {
@@ -164,6 +168,7 @@ def test_several_images_of_one_prompt_are_images_of_their_own(pipe: Any) -> None
     assert len(rapid3rt.report(pipe).images) == 4
 
 
+@pytest.mark.slow
 def test_a_speed_is_a_mean_and_gives_every_prompt_what_it_gets_alone(pipe: Any) -> None:
     easy = "a red circle center on plain navy ground"
     hard = (

@@ -43,6 +43,7 @@ def test_a_person_may_write_commas_capitals_and_the_top_left() -> None:
     assert loose == tokenizer("a red circle top-left and a blue square bottom-right").input_ids
 
 
+@pytest.mark.slow
 def test_an_interrupted_build_ends_in_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,6 +84,7 @@ def forget_recipes(work: Path) -> None:
         save_file(load_file(path), path, metadata=kept or None)
 
 
+@pytest.mark.slow
 def test_a_work_folder_is_tied_to_its_recipe(tmp_path: Path) -> None:
     out, work, device = tmp_path / "out", tmp_path / "work", torch.device("cpu")
     sd3.build_sd3(SMALL, out, work, device)

@@ -142,6 +142,7 @@ def test_what_is_fitted_is_what_is_served(subject: Subject) -> None:
     assert torch.equal(read_conditioning(small_world.make_bank(bank.folder)), first)
 
 
+@pytest.mark.slow
 def test_pairs_are_read_from_the_bank(subject: Subject) -> None:
     pairs = read_pairs(subject.training, small_world.FAMILY)
     assert pairs.ks == (3, 4, 5, 6, 8)

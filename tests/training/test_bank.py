@@ -50,6 +50,7 @@ def direct(bank: Bank, policy, steps: int, **dial) -> torch.Tensor:
     return torch.cat(images) * 2 - 1
 
 
+@pytest.mark.slow
 def test_references_are_what_the_pipeline_makes(subject: Subject) -> None:
     bank = subject.training
     assert f"steps:{REFERENCE_STEPS}/trim/auto" == CONVERGED

@@ -53,6 +53,7 @@ def taught(head: str, action: torch.Tensor, steps: int = 300) -> tuple[torch.Ten
         return heads.logits(batch.on(heads)), batch.score(heads)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["cache", "sparse"])
 def test_choices_are_learned_and_stay_above_twice_the_floor(head: str) -> None:
     logits, entropy = taught(head, torch.zeros(16, dtype=torch.int64))
@@ -63,6 +64,7 @@ def test_choices_are_learned_and_stay_above_twice_the_floor(head: str) -> None:
     torch.testing.assert_close(others, torch.full_like(others, 0.1), atol=0.03, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_step_is_learned_with_the_spread_of_a_prior() -> None:
     ratio = torch.full((16,), 0.8)
     logits, entropy = taught("step", ratio)

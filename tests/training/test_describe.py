@@ -33,6 +33,7 @@ def test_the_count_by_hand() -> None:
     assert "iteration" not in describe(allocation).split("}")[1]
 
 
+@pytest.mark.slow
 def test_a_run_asks_for_what_was_said(tmp_path: Path, monkeypatch) -> None:
     """Counted as images times evaluations; sampled steps may end an image earlier or later than its dial."""
     asked = {"bank": 0.0, "served": 0.0, "rollouts": 0.0}

@@ -139,6 +139,7 @@ def test_further_means_stay_within_what_policies_were_calibrated_for(tmp_path: P
     assert evaluate._settings(evaluate._parser().parse_args(words.split())).means == (4.0,)
 
 
+@pytest.mark.slow
 def test_a_schedule_that_does_not_fit_shows_before_the_rivals(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,6 +111,7 @@ def test_a_run_leaves_a_policy_metrics_and_checkpoints(finished: Path) -> None:
         assert rapid3rt.report(pipe).images[0].nfe < 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("best", [0, 2, 3])
 def test_the_policy_is_the_best_checkpoint(
     tmp_path: Path, world: list[str], monkeypatch, best: int
@@ -176,6 +177,7 @@ class Died(Exception):
     """The process was killed here."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("iteration", [0, 1, 2])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_run_that_goes_on_ends_with_the_same_bits(
@@ -257,6 +259,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
 # The recipe of the paper ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_papers_recipe_runs(tmp_path: Path, world: list[str], of_paper: list[str]) -> None:
     """Three heads from nothing, sampled reuse and sparsity, discriminator and scene score."""
     assert RECIPES["tiny-sd3-paper"]().omega == 1
@@ -378,6 +381,7 @@ def test_prompts_that_do_not_suffice_are_refused(
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_file_of_prompts_serves(tmp_path: Path, world: list[str]) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("\n".join([f"  a red circle {i} " for i in range(10)] + ["", "a red circle 1"]))

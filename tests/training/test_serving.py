@@ -61,6 +61,7 @@ def test_a_saved_policy_gives_the_pictures_of_validation(subject: Subject, tmp_p
     assert not torch.allclose(served, untrained, atol=0.05)
 
 
+@pytest.mark.slow
 def test_validation_counts_what_was_served(subject: Subject, ranks: Ranks) -> None:
     heads = small_world.make_trained(small_world.DIAL, subject)
     validation = Validation(

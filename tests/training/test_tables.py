@@ -93,6 +93,7 @@ def test_an_accuracy_out_of_reach_is_no_speed_up() -> None:
     assert "above" in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", [study(), with_gaps()], ids=["whole", "gaps"])
 def test_every_picture_is_drawn(made: Study, tmp_path: Any) -> None:
     files = panels.draw_all(document(made), tmp_path / "new")
