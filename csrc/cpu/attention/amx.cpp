@@ -307,8 +307,8 @@ class TileRun {
 
   // output += values^T weights
   void add_values(int64_t col, int64_t panels, bool first) {
-    for (int64_t d = 0; d < dim(); d += kUnit) {
-      for (int64_t i = 0; i < panels; ++i) {
+    for (int64_t i = 0; i < panels; ++i) {
+      for (int64_t d = 0; d < dim(); d += kUnit) {
         Word* const out = p_.output + (col + i * kUnit) * dim() + d * kUnit;
         first ? zero_four() : load_four(out);
         for (int64_t g = 0; g < num_groups_; ++g) {

@@ -249,7 +249,8 @@ inline void store_output(const Tile& t, const Plan& p, int64_t dim) {
 
 // A group of keys is complete: the last one stands for those that are missing.
 inline void pad_keys(const Plan& p, int64_t num_keys) {
-  for (int64_t i = num_keys; i % kKeyGroup != 0; ++i) p.key_row[i] = p.key_row[i - 1];
+  const char* const last = p.key_row[num_keys - 1];
+  for (int64_t i = num_keys; i < round_up(num_keys, kKeyGroup); ++i) p.key_row[i] = last;
 }
 
 // Addresses of the next listed keys and values, as many blocks as fit into a chunk.
