@@ -104,7 +104,7 @@ def fit_head(head: AllocationHead, pairs: Pairs, ticks: int) -> dict[str, float]
     x = pairs.conditioning.double()
     mean, spread = x.mean(0), x.std(0).clamp(min=1e-6)
     x, y = (x - mean) / spread, pairs.hardness
-    held_out = {penalty: _predict_held_out(x, y, penalty) for penalty in _PENALTIES}
+    held_out = {penalty: predict_held_out(x, y, penalty) for penalty in _PENALTIES}
     penalty = min(held_out, key=lambda key: float((y - held_out[key]).square().sum()))
     predicted = held_out[penalty]
     explained = 1 - float((y - predicted).square().sum() / (y - y.mean()).square().sum())
@@ -145,7 +145,7 @@ def _ridge(x: torch.Tensor, y: torch.Tensor, penalty: float) -> torch.Tensor:
     return weight
 
 
-def _predict_held_out(x: torch.Tensor, y: torch.Tensor, penalty: float) -> torch.Tensor:
+def predict_held_out(x: torch.Tensor, y: torch.Tensor, penalty: float) -> torch.Tensor:
     """Every pair's hardness by the fit to the folds that it is not in."""
     predicted = torch.zeros_like(y)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
