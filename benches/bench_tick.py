@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a tick costs: dense against plain, all-reuse, finished images, mixed decisions. Ratios in one run.
+"""What a tick costs: dense against plain, all-reuse, finished images, mixed decisions, heads. Ratios in one run.
 
     python benches/bench_tick.py [--rounds 7] [--batch 8] [--save NAME]
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -18,8 +19,11 @@ import torch
 from record import save
 
 import rapid3rt
+from rapid3rt.pipeline import BUNDLED_POLICIES
+from rapid3rt.policies.folder import PolicyFolder
+from rapid3rt.policies.learned import Heads, LearnedPolicy
 from rapid3rt.tiny.scenes import sample
-from rapid3rt.types import COMPUTE, REUSE, ComputeDecision, DenoiseState, Run, StepDecision
+from rapid3rt.types import AUTO, COMPUTE, REUSE, ComputeDecision, DenoiseState, Run, StepDecision
 
 STEPS = 14
 
@@ -46,6 +50,38 @@ class Script:
         if self.ends is not None and state.tick >= self.ends:
             target[: len(target) // 2] = 0
         return StepDecision(next_sigma=target)
+
+
+class Timed:
+    """Untrained heads of every kind, which walk as their prior does, and the milliseconds of each tick's decisions."""
+
+    leaves_grid, reuses = True, True
+
+    def __init__(self, model: str) -> None:
+        searched = PolicyFolder.load(BUNDLED_POLICIES / model / "policy")
+        if searched.schedule is None or searched.heads is None:
+            raise ValueError(f"model must have a bundled policy with heads, got {model!r}")
+        config = replace(
+            searched.heads.config, heads=("cache", "sparse", "step"), width=32, side=16
+        )
+        self.learned = LearnedPolicy(Heads(config), searched.schedule, order=AUTO, budget=STEPS)
+        self.ms: list[float] = []
+
+    def begin(self, run: Run) -> None:
+        self.learned.begin(run)
+        self.ms = []
+
+    def decide_compute(self, state: DenoiseState) -> ComputeDecision:
+        start = time.perf_counter()
+        decision = self.learned.decide_compute(state)
+        self.ms.append(1000 * (time.perf_counter() - start))
+        return decision
+
+    def decide_step(self, state: DenoiseState, velocity: torch.Tensor) -> StepDecision:
+        start = time.perf_counter()
+        decision = self.learned.decide_step(state, velocity)
+        self.ms[-1] += 1000 * (time.perf_counter() - start)
+        return decision
 
 
 def main() -> None:
@@ -85,6 +121,7 @@ def main() -> None:
         return [1000 * (b - a) for a, b in itertools.pairwise(stamps)]
 
     half = options.batch // 2
+    heads = Timed(options.model)
     cases: dict[str, Any] = {
         "plain": (None, options.batch, slice(None)),
         "plain, half batch": (None, half, slice(None)),
@@ -96,11 +133,13 @@ def main() -> None:
             slice(1, -1),
         ),
         "half finished": (Script(lambda i, t: True, ends=1), options.batch, slice(2, -1)),
+        "three heads": (heads, options.batch, slice(1, -1)),
     }
-    times: dict[str, list[float]] = {name: [] for name in cases}
+    times: dict[str, list[float]] = {name: [] for name in [*cases, "decisions of three heads"]}
     for _ in range(options.rounds):
         for name, (policy, batch, part) in cases.items():
             times[name].append(median(ticks(policy, batch)[part]))
+        times["decisions of three heads"].append(median(heads.ms[2:-1]))
     ms = {name: median(t) for name, t in times.items()}
     ratios = {
         "dense / plain (target <= 1.03)": ms["dense"] / ms["plain"],
@@ -111,6 +150,8 @@ def main() -> None:
         / (ms["plain, half batch"] + ms["all reuse"] / 2),
         "half finished / half batch (target <= 1.08)": ms["half finished"]
         / ms["plain, half batch"],
+        "decisions of three heads / tick (target <= 0.05)": ms["decisions of three heads"]
+        / ms["three heads"],
     }
     for name, value in ms.items():
         print(

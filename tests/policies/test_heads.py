@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from rapid3rt.policies.heads import Head, count_parameters, observe, with_validity
 
@@ -14,6 +17,30 @@ from rapid3rt.policies.heads import Head, count_parameters, observe, with_validi
 def test_three_heads_on_flux_have_about_three_million_parameters():
     heads = {name: Head(64, 3072, n) for name, n in (("step", 2), ("cache", 2), ("sparse", 4))}
     assert 2.9e6 < count_parameters(heads) < 3.1e6
+
+
+@pytest.mark.slow
+def test_three_heads_take_less_than_a_hundredth_of_a_step_of_flux():
+    side, text = 64, 512  # packed latents of 1024 x 1024 pixels
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(guidance_embeds=True)
+        inputs = {
+            "hidden_states": torch.empty(1, side * side, 64),
+            "encoder_hidden_states": torch.empty(1, text, 4096),
+            "pooled_projections": torch.empty(1, 768),
+            "timestep": torch.empty(1),
+            "guidance": torch.empty(1),
+            "img_ids": torch.empty(side * side, 3),
+            "txt_ids": torch.empty(text, 3),
+        }
+        heads = [Head(64, model.inner_dim, n, num_scalars=9) for n in (2, 2, 4)]
+        seen = torch.empty(1, 64, side, side), torch.empty(1, model.inner_dim), torch.empty(1, 18)
+    with torch.no_grad(), FlopCounterMode(display=False) as step:
+        model(**inputs)
+    with torch.no_grad(), FlopCounterMode(display=False) as decisions:
+        for head in heads:
+            head(*seen)
+    assert 0 < decisions.get_total_flops() < 0.01 * step.get_total_flops()
 
 
 def test_a_head_starts_as_nothing_added_and_learns():
