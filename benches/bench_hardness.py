@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from record import save
 
 from rapid3rt.policies.allocation import detail
@@ -91,7 +90,7 @@ def explain(x: torch.Tensor, y: torch.Tensor) -> tuple[float, torch.Tensor]:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Everything, printed as it is found."""
     recipe = replace(RECIPES[options.model](), dtype=options.dtype)
-    subject = load_subject(recipe, options.banks / options.model, Ranks(Accelerator(cpu=True)))
+    subject = load_subject(recipe, options.banks / options.model, Ranks.join())
     family, bank = subject.searched.schedule, subject.training
     if family is None:
         raise ValueError(f"model must have a bundled searched family, got {options.model!r}")

@@ -325,22 +325,23 @@ class Trainer:
     def _planned(self, groups: list[Group]) -> torch.Tensor:
         """E that every group's pair is planned, `[P]`: that a few groups are of hard pairs must not raise a price."""
         dense = self.subject.searched.costs.levels[0]
-        planned = []
-        for group in groups:
-            key = _name(group.dial)
-            if key not in self._plans:
-                self._plans[key] = self._plan(float(group.dial or 0.0))
-            planned.append(float(self._plans[key][group.pair]) * dense)
+        if not self._plans:
+            self._plans = self._plan_all()
+        planned = [float(self._plans[_name(group.dial)][group.pair]) * dense for group in groups]
         return torch.tensor(planned)
 
-    def _plan(self, dial: float) -> torch.Tensor:
-        """Evaluations that every pair of the bank is planned at a dial, `[n]`."""
+    def _plan_all(self) -> dict[str, torch.Tensor]:
+        """Evaluations that every pair of the bank is planned at each dial, `[n]`.
+
+        At every dial at once, also those that no group of this rank has: reading the bank, ranks wait for each other.
+        """
+        dials, bank = self.recipe.dials, self.subject.training
         if "allocation" not in self.heads.config.heads:
-            return torch.full((len(self.subject.training),), float(max(1, round(dial))))
+            return {_name(b): torch.full((len(bank),), float(max(1, round(b)))) for b in dials}
         head = self.heads.by_name["allocation"]
         assert isinstance(head, AllocationHead)
-        conditioning = read_conditioning(self.subject.training)
-        return planned_steps(head, conditioning, dial, self.recipe.num_inference_steps)
+        seen, ticks = read_conditioning(bank), self.recipe.num_inference_steps
+        return {_name(b): planned_steps(head, seen, b, ticks) for b in dials}
 
     def _floor(self, name: str, metrics: Mapping[str, float], progress: float) -> float:
         """Least entropy of a head, in nat. A step's: below the untrained policy's here, or what a warm start left."""

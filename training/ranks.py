@@ -8,14 +8,18 @@ what depends on data.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 
 T = TypeVar("T")
+_PATIENCE = timedelta(hours=2)
+"""Of ranks for each other: while one builds a bank or loads a model, or a server scores."""
 
 
 class Ranks:
@@ -23,9 +27,23 @@ class Ranks:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if accelerator.num_processes < started:
+            # Each would run the whole training, and all write to one folder.
+            raise ValueError(
+                f"WORLD_SIZE must be the number of processes that accelerate joins, {accelerator.num_processes}, got "
+                f"{started}"
+            )
         self.count: int = accelerator.num_processes
         self.index: int = accelerator.process_index
         self.device: torch.device = accelerator.device
+
+    @classmethod
+    def join(cls) -> Ranks:
+        """Join the others. Without an accelerator that is by gloo: told so, accelerate finds what torchrun started."""
+        patience = InitProcessGroupKwargs(timeout=_PATIENCE)
+        on_cpu = not torch.accelerator.is_available()
+        return cls(Accelerator(cpu=on_cpu, kwargs_handlers=[patience]))
 
     @property
     def is_main(self) -> bool:

@@ -3,6 +3,7 @@
 
     python -m training.run tiny-sd3 --out runs/tiny-sd3
     accelerate launch --num-processes 8 -m training.run flux-dev --policy DIR --prompts FILE --out runs/flux
+    torchrun --nproc-per-node 2 -m training.run tiny-sd3 --threads 1 --out runs/tiny-sd3
 
 `DIR/policy/` is what `accelerate(pipe, policy=...)` takes, `DIR/metrics.jsonl` has a row per iteration,
 `DIR/checkpoints/` is what the same command goes on from. Every field of a recipe can be given; `--dry-run` shows them
@@ -17,13 +18,11 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
-from accelerate import Accelerator, InitProcessGroupKwargs
 
 from rapid3rt.policies.folder import PolicyFolder
 from rapid3rt.policies.heads import AllocationHead
@@ -48,8 +47,6 @@ from training.validation import FURTHER_DIALS, Validation, rising
 _FREE = ("iterations", "checkpoint_every", "keep_checkpoints", "evaluate_every", "rollout_batch")
 """Fields that a run may change when it goes on."""
 _REWARD_OPTIONS = {"scene": {"continuous": True}}
-_PATIENCE = timedelta(hours=2)
-"""Of ranks for each other: while one loads a model, or a server scores."""
 _SHOWN = 4
 
 
@@ -105,8 +102,7 @@ def parse(arguments: Sequence[str]) -> Command:
 
 def train(command: Command) -> Path:
     """Run a recipe to its end; returns the policy folder."""
-    recipe, patience = command.recipe, InitProcessGroupKwargs(timeout=_PATIENCE)
-    ranks = Ranks(Accelerator(kwargs_handlers=[patience]))
+    recipe, ranks = command.recipe, Ranks.join()
     ranks.require_equal("recipe", json.dumps(as_json(recipe)))
     checkpoints = ranks.main_first(lambda: _open_checkpoints(command))
     quality = _make_quality(recipe)

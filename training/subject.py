@@ -77,7 +77,7 @@ def load_pipeline(recipe: Recipe, device: torch.device) -> Any:
     else:
         from diffusers import DiffusionPipeline
 
-        pipe = DiffusionPipeline.from_pretrained(recipe.model, torch_dtype=dtype)
+        pipe = DiffusionPipeline.from_pretrained(recipe.model, dtype=dtype)
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -22,19 +22,17 @@ def bundled_names() -> list[str]:
     return sorted(p.parent.name for p in ASSETS.glob("*/model_index.json"))
 
 
-def load_tiny(model: str = "sd3", torch_dtype: torch.dtype = torch.float32) -> Any:
+def load_tiny(model: str = "sd3", dtype: torch.dtype = torch.float32) -> Any:
     """Load a bundled tiny pipeline of 64 x 64 pixels: a genuine `StableDiffusion3Pipeline` or `FluxPipeline`.
 
-    torch_dtype: of all its models, as in `from_pretrained`. Raises ValueError for a name that is not bundled.
+    dtype: of all its models, as in `from_pretrained`. Raises ValueError for a name that is not bundled.
     """
     if model not in bundled_names():
         raise ValueError(f"model must be one of {', '.join(bundled_names())}, got {model!r}")
     from diffusers import DiffusionPipeline
 
     with _silence():
-        pipe = DiffusionPipeline.from_pretrained(
-            ASSETS / model, torch_dtype=torch_dtype, local_files_only=True
-        )
+        pipe = DiffusionPipeline.from_pretrained(ASSETS / model, dtype=dtype, local_files_only=True)
     if hasattr(pipe, "default_sample_size"):
         pipe.default_sample_size = (
             LATENT_SIZE  # FLUX pipelines assume 128, whatever their VAE was made for

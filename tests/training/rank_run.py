@@ -68,7 +68,7 @@ def run(name: str, change: dict[str, Any], folder: Path, ranks: Ranks) -> dict[s
         if kept is not None:
             ranks.main_first(lambda: Checkpoints(folder / kept, fingerprint={"seed": 2}))
         ranks.require_equal("recipe", repr(recipe))
-        subject = small_world.make_subject(folder / "banks", recipe, ranks)
+        subject = small_world.make_subject(folder / f"banks-{recipe.pairs}", recipe, ranks)
         heads = small_world.make_trained(recipe, subject)
         if spoiled:
             for parameter in heads.parameters():

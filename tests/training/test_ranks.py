@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -24,6 +25,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "even": {"groups": 4},
     "uneven": {"groups": 3},
     "idle": {"groups": 1, "validation_pairs": 3},
+    "allocated": {"groups": 5, "heads": ("allocation", "step"), "dials": (3, 4, 5, 6), "pairs": 24},
     "half_dead": {"base": "paper", "groups": 4, "half_dead": True},
     "paper": {"base": "paper", "groups": 3},
     "paper_idle": {"base": "paper", "groups": 1, "omega": 1.0},
@@ -92,6 +94,36 @@ def launch(folder: Path, scenarios: dict[str, Any], count: int = 2, limit: float
         for rank in ranks:
             rank.kill()
     assert [rank.returncode for rank in ranks] == [0] * count, "\n".join(ends)
+
+
+def test_processes_that_are_not_joined_do_not_train_side_by_side(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"WORLD_SIZE must be the number .* joins, 1, got 2"):
+        Ranks(ranks._accelerator)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_one_training(tmp_path: Path) -> None:
+    """By the command that users type: side by side, each of them would write every row."""
+    out, path = tmp_path / "run", os.pathsep.join(sys.path)
+    options = shlex.split("""
+        --pairs 24 --groups 5 --members 2 --iterations 2 --dials 3 4 5 6 --validation-pairs 2 --num-inference-steps 10
+        --resolution 32 --tracker none --evaluate-every 9
+    """)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words += ["-m", "training.run", "tiny-sd3", *options, "--out", str(out)]
+    subprocess.run(
+        [*words, "--banks", str(tmp_path / "banks")],
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        check=True,
+        stdout=subprocess.DEVNULL,
+        timeout=500,
+    )
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [1, 2]
+    assert (out / "policy" / "config.json").exists()
 
 
 @pytest.fixture(scope="module")

@@ -96,7 +96,7 @@ def _load(model: str) -> Any:
 
     on_gpu = torch.cuda.is_available()
     pipe = DiffusionPipeline.from_pretrained(
-        model, torch_dtype=torch.bfloat16 if on_gpu else torch.float32
+        model, dtype=torch.bfloat16 if on_gpu else torch.float32
     )
     return pipe.to("cuda" if on_gpu else "cpu")
 
