@@ -114,7 +114,10 @@ def describe(
 
 
 def _named(folder: Path) -> dict[str, str]:
-    return {"name": folder.resolve().name, "digest": ways.folder_digest(folder)}
+    whole = folder.resolve()
+    # Trainings leave theirs in RUN/policy: the run tells them apart.
+    name = whole.parent.name if whole.name == "policy" else whole.name
+    return {"name": name, "digest": ways.folder_digest(folder)}
 
 
 def _check_policy(folder: Path, base: Path, model: str) -> None:
