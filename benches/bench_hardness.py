@@ -80,11 +80,8 @@ def watch(bank: Bank, policy: Watching) -> list[torch.Tensor]:
 def explain(x: torch.Tensor, y: torch.Tensor) -> tuple[float, torch.Tensor]:
     """Share of the variance of y that x explains in held-out pairs, at the best penalty, and what is left of y."""
     x = (x - x.mean(0)) / x.std(0).clamp(min=1e-9)
-    left = min(
-        (y - predict_held_out(x, y, penalty) for penalty in PENALTIES),
-        key=lambda rest: float(rest.square().sum()),
-    )
-    return 1 - float(left.square().sum() / (y - y.mean()).square().sum()), left
+    _, predicted, explained = predict_held_out(x, y, PENALTIES)
+    return explained, y - predicted
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

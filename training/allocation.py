@@ -13,6 +13,7 @@ Shape letters: n pairs, K tabulated numbers of evaluations, D model width.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,10 +105,7 @@ def fit_head(head: AllocationHead, pairs: Pairs, ticks: int) -> dict[str, float]
     x = pairs.conditioning.double()
     mean, spread = x.mean(0), x.std(0).clamp(min=1e-6)
     x, y = (x - mean) / spread, pairs.hardness
-    held_out = {penalty: predict_held_out(x, y, penalty) for penalty in _PENALTIES}
-    penalty = min(held_out, key=lambda key: float((y - held_out[key]).square().sum()))
-    predicted = held_out[penalty]
-    explained = 1 - float((y - predicted).square().sum() / (y - y.mean()).square().sum())
+    penalty, predicted, explained = predict_held_out(x, y, _PENALTIES)
     scale = predicted.std().clamp(min=1e-6)
     weight = _ridge(x, y, penalty) / scale
     metrics = {"allocation/explained": explained, "allocation/penalty": penalty}
@@ -145,7 +143,21 @@ def _ridge(x: torch.Tensor, y: torch.Tensor, penalty: float) -> torch.Tensor:
     return weight
 
 
-def predict_held_out(x: torch.Tensor, y: torch.Tensor, penalty: float) -> torch.Tensor:
+def predict_held_out(
+    x: torch.Tensor, y: torch.Tensor, penalties: Sequence[float]
+) -> tuple[float, torch.Tensor, float]:
+    """By ridge regressions on other pairs: the best penalty, its predictions `[n]`, the share of variance explained.
+
+    x: float64 `[n, features]` of unit spread. y: float64 `[n]`.
+    """
+    held_out = {penalty: _predict_held_out(x, y, penalty) for penalty in penalties}
+    penalty = min(held_out, key=lambda key: float((y - held_out[key]).square().sum()))
+    predicted = held_out[penalty]
+    explained = 1 - float((y - predicted).square().sum() / (y - y.mean()).square().sum())
+    return penalty, predicted, explained
+
+
+def _predict_held_out(x: torch.Tensor, y: torch.Tensor, penalty: float) -> torch.Tensor:
     """Every pair's hardness by the fit to the folds that it is not in."""
     predicted = torch.zeros_like(y)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))

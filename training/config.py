@@ -15,6 +15,10 @@ LEAST_PAIRS = 24
 """Of a bank that an allocation is fitted to."""
 
 
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""Of a generator."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What `python -m training.run` trains. METHOD.md, sections 2 to 5, says why the numbers are as they are."""
@@ -27,7 +31,7 @@ class Recipe:
     """Policy folder whose searched family is the prior and whose costs are counted; `bundled`: the package's own."""
     prompts: str = "scenes"
     """`scenes` of the tiny world, or a file with one prompt per line."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     """Of the generator. Heads and rewards are float32 always."""
 
     num_inference_steps: int = 28

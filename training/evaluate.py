@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from rapid3rt.policies.folder import PolicyFolder
 from rapid3rt.tiny import GUIDANCE, bundled_names
 from training import adaptivity, panels, ways
 from training.comparison import OURS, Comparison, verdicts
+from training.config import Dtype
 from training.machine import machine
 from training.protocol import Calibration, Protocol, Settings
 from training.study import Measured, Study
@@ -219,8 +220,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--derangements", type=int, help="shuffles of each; else 2")
     add("--reference", type=int, help="steps of the converged solutions; else 120")
     add("--draws", type=int, help="of the bootstrap; else 2000")
-    dtypes = ("float32", "bfloat16", "float16")
-    add("--dtype", choices=dtypes, default=dtypes[0], help="of the generator; else float32")
+    dtypes = get_args(Dtype)
+    add("--dtype", choices=dtypes, default="float32", help="of the generator; else float32")
     add("--guidance", type=float, help=f"guidance scale of the call; else {GUIDANCE:g}")
     add("--threads", type=int, help="of torch; else its own choice")
     return parser

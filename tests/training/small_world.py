@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from diffusers import SD3Transformer2DModel
 from torch import nn
 
@@ -72,7 +73,7 @@ def make_pipe() -> Any:
 
 def make_ranks() -> Ranks:
     """The processes that the environment names; one by default."""
-    return Ranks.join()
+    return Ranks(Accelerator(cpu=True))  # the small world stays on the CPU where there is a GPU too
 
 
 def make_searched() -> PolicyFolder:
