@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -63,6 +64,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         _check_policy(folder, settings.base, model_id(pipe.transformer))
     if not panels.can_draw():
         print("no pictures: they need matplotlib (pip install 'rapid3rt[plot]')", file=sys.stderr)
+    if settings.peers is None and find_spec("cache_dit") is None:
+        print("not compared with cache-dit: pip install 'rapid3rt[bench]'", file=sys.stderr)
     out: Path = options.out
     protocol = Protocol(pipe, settings, options.cache or out / "cache")
     protocol.try_out()
@@ -222,6 +225,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--draws", type=int, help="of the bootstrap; else 2000")
     dtypes = get_args(Dtype)
     add("--dtype", choices=dtypes, default="float32", help="of the generator; else float32")
+    add(
+        "--peers",
+        nargs="*",
+        metavar="CACHE",
+        help="caches of others to compare with; else all that are installed, without names none",
+    )
     add("--guidance", type=float, help=f"guidance scale of the call; else {GUIDANCE:g}")
     add("--threads", type=int, help="of torch; else its own choice")
     return parser

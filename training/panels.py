@@ -31,6 +31,9 @@ _STYLES: dict[str, dict[str, Any]] = {
     "DPM++ 2M": {"color": "#d99a2b", "linestyle": "-.", "marker": "v", "markersize": 5},
     "UniPC": {"color": "#e5bd72", "linestyle": "-.", "marker": "v", "markersize": 5},
     "DEIS": {"color": "#8f6a2a", "linestyle": "-.", "marker": "v", "markersize": 5},
+    "cache-dit": {"color": "#9a3f86", "linestyle": "-", "marker": "X", "markersize": 5},
+    "FirstBlockCache": {"color": "#c77fb6", "linestyle": "-", "marker": "X", "markersize": 5},
+    "TaylorSeer": {"color": "#dfb3d5", "linestyle": "-", "marker": "X", "markersize": 5},
 }
 _OTHER = {"color": "#b0568b", "linestyle": "-", "marker": "x", "markersize": 5}
 _IMAGE_SCALE = 3

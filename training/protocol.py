@@ -26,7 +26,8 @@ from rapid3rt.tiny.rivals import SOLVERS
 from rapid3rt.tiny.scenes import SPLITS
 from rapid3rt.types import ActionCosts
 from training import ways
-from training.dialling import Dialling
+from training.dialling import CLOSE, Dialling
+from training.peers import Peer, Setting, find_peers
 from training.runs import Runs
 from training.statistics import derangement
 from training.study import Curve, Measured, Meter, Study
@@ -46,7 +47,8 @@ class Settings:
     family and its costs are the rivals'. schedules: files of further searched schedules. split, seed: of the pairs.
     pairs: for the main ways. others: a prefix of them for the rest. calibration: pairs of the validation split. dials:
     means that are compared. means: further ones, for ours alone. claimed: dials of the shuffled control. derangements:
-    of each. reference: steps of the converged solutions. draws: of the bootstrap. guidance, tokens: of the call.
+    of each. reference: steps of the converged solutions. draws: of the bootstrap. guidance, tokens: of the call. peers:
+    caches of others, None for all that are installed.
     """
 
     policies: tuple[Path, ...]
@@ -65,6 +67,7 @@ class Settings:
     draws: int = 2000
     guidance: float = GUIDANCE
     tokens: int = 32
+    peers: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for what would fail or mean nothing hours later."""
@@ -102,17 +105,27 @@ def _require(name: str, holds: bool, requirement: str, got: object) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tuned:
+    """A setting of a cache, and its mean cost and mean error there."""
+
+    setting: Setting
+    cost: float
+    error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
     """Found on the validation split.
 
     solver: the best of the multistep ones. errors: of each, geometric mean over dials of the mean error. tolerances,
-    thresholds: dial to the setting and the mean cost there.
+    thresholds: dial to the setting and the mean cost there. peers: caches of others, by name and dial.
     """
 
     solver: str
     errors: dict[str, float]
     tolerances: dict[int, tuple[float, float]]
     thresholds: dict[int, tuple[float, float]]
+    peers: dict[str, dict[int, Tuned]]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -132,6 +145,7 @@ class Protocol:
         self.costs, self.family = base.costs, replace(base.schedule, allocation=None)
         self._prior = base.schedule
         self._families, self._fixed = _read_schedules(settings.schedules, self.costs)
+        self._peers = _choose_peers(pipe, settings.peers)
         self.ours = {
             k: [ways.served(folder, k) for folder in settings.policies] for k in settings.asked
         }
@@ -152,7 +166,9 @@ class Protocol:
     def calibrate(self) -> Calibration:
         """Settings of the rivals, on the validation split."""
         s = self.settings
+        settings = [setting for peer in self._peers.values() for setting in peer.settings]
         each = s.reference + PLAIN + len(SOLVERS) * sum(s.dials) + 2 * _TRIES * sum(s.dials)
+        each += sum(map(_guess, settings))
         with self._meter("validation", s.calibration, s.calibration * each) as meter:
 
             def error(name: str, k: int) -> float:
@@ -174,7 +190,24 @@ class Protocol:
                 errors=errors,
                 tolerances={k: tolerance.find(k) for k in s.dials},
                 thresholds={k: drift.find(k) for k in s.dials},
+                peers={name: self._tune(meter, peer) for name, peer in self._peers.items()},
             )
+
+    def _tune(self, meter: Meter, peer: Peer) -> dict[int, Tuned]:
+        """For every dial the setting of least error that costs no more; the cheapest one where all cost more."""
+        found = []
+        for setting in peer.settings:
+            way = ways.cached(peer, setting, _guess(setting))
+            made = meter.measure([way], self.settings.calibration)
+            found.append(
+                Tuned(setting=setting, cost=float(made.cost.mean()), error=float(made.error.mean()))
+            )
+        chosen = {}
+        for k in self.settings.dials:
+            affordable = [tuned for tuned in found if tuned.cost <= k * (1 + CLOSE)]
+            cheapest = min(found, key=lambda tuned: tuned.cost)
+            chosen[k] = min(affordable, key=lambda tuned: tuned.error, default=cheapest)
+        return chosen
 
     def study(self, calibration: Calibration) -> Study:
         """Run everything on the split that counts."""
@@ -244,10 +277,15 @@ class Protocol:
         for name in SOLVERS:
             pairs = s.pairs if name == found.solver else s.others
             makers[name] = (pairs, partial(ways.multistep, name))
+        for name, tuned in found.peers.items():
+            makers[name] = (s.others, partial(self._cached, self._peers[name], tuned))
         return {
             name: (pairs, {float(k): make(k) for k in s.dials})
             for name, (pairs, make) in makers.items()
         }
+
+    def _cached(self, peer: Peer, tuned: dict[int, Tuned], k: int) -> Way:
+        return ways.cached(peer, tuned[k].setting, tuned[k].cost)
 
     def _controller(self, tolerance: float, k: float) -> Way:
         return ways.controller(tolerance, self.family, k, self.costs)
@@ -285,6 +323,23 @@ class Protocol:
             runs.append(meter.measure(taken, s.pairs))
         names = ("error", "cost", "nfe", "score", "psnr", "ssim")
         return Measured(**{n: np.mean([getattr(r, n) for r in runs], axis=0) for n in names})
+
+
+def _choose_peers(pipe: Any, names: Sequence[str] | None) -> dict[str, Peer]:
+    """Those of these names. Raises `ValueError` for one that is not installed, or does not run with this model."""
+    if names is not None and not names:
+        return {}
+    found = find_peers(pipe.transformer)
+    unknown = [name for name in names or () if name not in found]
+    if unknown:
+        known = ", ".join(found) or "none, for no cache is installed that runs with this model"
+        raise ValueError(f"peers must be some of {known}, got {', '.join(unknown)}")
+    return {name: peer for name, peer in found.items() if names is None or name in names}
+
+
+def _guess(setting: Setting) -> int:
+    """What a setting may cost, for the progress bar."""
+    return (setting.steps + setting.warm_up) // 2
 
 
 def _read_schedules(

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from rapid3rt.runtime.trace import Trace
 from rapid3rt.tiny.scenes import sample
 from rapid3rt.tiny.score import score
 from rapid3rt.types import COMPUTE, ActionCosts
+from training.peers import Work
 from training.ways import Way
 
 BATCH = 16
@@ -112,25 +113,34 @@ class Runs:
         return self.store / f"{slug}-{digest}" / f"{start:05d}.safetensors"
 
     def _make(self, way: Way, start: int, size: int, path: Path) -> None:
-        scenes = self.scenes[start : start + size]
-        noises = range(start, start + size)
-        with way.open(self.pipe, start):
-            images = self.pipe(
-                [scene.caption for scene in scenes],
-                num_inference_steps=way.steps,
-                generator=[torch.Generator().manual_seed(self.seed * 100_003 + i) for i in noises],
-                output_type="pt",
-                **self.call,
-            ).images.float()
-            trace = _trace(self.pipe)
-        counts, cost = _spent(trace, size, way.steps)
+        pairs = range(start, start + size)
+        calls = [[i] for i in pairs] if way.alone else [pairs]
+        made, traces = zip(*(self._call(way, call) for call in calls), strict=True)
+        images, counts, cost = (torch.cat(part) for part in zip(*made, strict=True))
+        trace = None if way.alone else traces[0]
         tensors = {
             "images": (images * _STEPS_OF_16_BITS).round().sub(32768).to(torch.int16),
             "counts": counts,
             "cost": cost,
-            "score": torch.from_numpy(score(images, scenes)).double(),
+            "score": torch.from_numpy(score(images, [self.scenes[i] for i in pairs])).double(),
         }
         _write(tensors, path, {"way": way.key, "trace": trace.to_json() if trace else ""})
+
+    def _call(
+        self, way: Way, pairs: Sequence[int]
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], Trace | None]:
+        """Images in 0..1, counts and equivalent steps of one call, and its trace."""
+        with way.open(self.pipe, pairs[0]) as work:
+            images = self.pipe(
+                [self.scenes[i].caption for i in pairs],
+                num_inference_steps=way.steps,
+                generator=[torch.Generator().manual_seed(self.seed * 100_003 + i) for i in pairs],
+                output_type="pt",
+                **self.call,
+            ).images.float()
+            trace = _trace(self.pipe)
+        spent = work.spent() if isinstance(work, Work) else _spent(trace, len(pairs), way.steps)
+        return (images, *spent), trace
 
     def _read(self, way: Way, start: int, size: int) -> tuple[torch.Tensor, ...]:
         with safe_open(self._path(way, start), "pt") as stored:

@@ -193,7 +193,24 @@ def _rivals(document: Json) -> str:
         f"## How the rivals were set\n\nOn {document['settings']['calibration']} pairs of the validation split. Best "
         f"multistep solver: {found['solver']} (geometric mean error over dials: {solvers}). Each cell: setting: cost."
     )
-    return text + "\n\n" + table(["dial", "controller", "threshold"], rows)
+    settings = table(["dial", "controller", "threshold"], rows)
+    return "\n\n".join([text, settings, *_peers(found["peers"])])
+
+
+def _peers(found: Json) -> list[str]:
+    """How the caches of others were set, where there are any."""
+    if not found:
+        return []
+    rows = [
+        [name, dial, *map(str, tuned["setting"].values()), f"{tuned['cost']:.2f}"]
+        for name, by_dial in found.items()
+        for dial, tuned in by_dial.items()
+    ]
+    text = (
+        "Caches of others, every image in a call of its own: for each dial the setting of least error that costs no "
+        "more on the same validation pairs. Reach: threshold, or interval."
+    )
+    return [text, table(["cache", "dial", "steps", "warm-up", "reach", "cost"], rows)]
 
 
 _RULES = ("tolerances", "thresholds")

@@ -29,6 +29,7 @@ from rapid3rt.runtime.trace import Trace
 from rapid3rt.tiny.rivals import solver
 from rapid3rt.types import COMPUTE, ActionCosts
 from training.bank import accelerated
+from training.peers import Peer, Setting
 
 PLAIN = 28
 """Steps of the call that users make."""
@@ -40,8 +41,9 @@ class Way:
     """One way.
 
     key: of its results. steps: `num_inference_steps` of the call. evaluations: that an image is expected to take, for
-    the progress bar. open: makes the context for one batch, from the pipeline and the number of the batch's first pair.
-    costs: prices its actions; None where the run does, by a table of its own.
+    the progress bar. open: makes the context for one call, from the pipeline and the number of its first pair; it may
+    give the `Work` that tells what was spent. costs: prices its actions; None where the run does, by a table of its
+    own. alone: every image has a call of its own, else every batch.
     """
 
     key: str
@@ -49,6 +51,7 @@ class Way:
     open: Callable[[Any, int], Opened]
     steps: int = PLAIN
     costs: ActionCosts | None = None
+    alone: bool = False
 
 
 def plain(k: int) -> Way:
@@ -100,6 +103,18 @@ def controller(tolerance: float, family: WarpFamily, k: float, costs: ActionCost
 def threshold(x: float, k: float, costs: ActionCosts) -> Way:
     """`threshold:x`, which is expected to take k evaluations."""
     return _policy(f"threshold:{x!r}", k, lambda: Threshold(x), costs)
+
+
+def cached(peer: Peer, setting: Setting, evaluations: float) -> Way:
+    """The plain pipeline under a cache of others, which is expected to cost so many evaluations."""
+    key = f"{peer.name} steps={setting.steps} warm={setting.warm_up} reach={setting.reach!r}"
+    return Way(
+        key=key,
+        evaluations=evaluations,
+        steps=setting.steps,
+        open=lambda pipe, _: peer.open(pipe, setting),
+        alone=True,
+    )
 
 
 def served(folder: Path, mean: float) -> Way:

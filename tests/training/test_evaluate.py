@@ -15,7 +15,7 @@ from rapid3rt.pipeline import BUNDLED_POLICIES
 from rapid3rt.policies.folder import PolicyFolder
 from rapid3rt.policies.learned import Dial, Heads, HeadsConfig
 from rapid3rt.policies.schedule import FixedPlan, ScheduleTick, save_schedule
-from training import evaluate, protocol
+from training import evaluate, peers, protocol
 from training.protocol import Settings
 from training.runs import Runs
 from training.ways import Way
@@ -23,7 +23,7 @@ from training.ways import Way
 BASE = BUNDLED_POLICIES / "sd3" / "policy"
 SMALL = (
     "--model tiny-sd3 --pairs 3 --others 3 --calibration 1 --dials 3 4 --means 6 --claimed 3 "
-    "--derangements 1 --reference 29 --draws 80 --threads 2"
+    "--derangements 1 --reference 29 --draws 80 --peers --threads 2"
 )
 
 
@@ -71,9 +71,11 @@ def test_one_command_leaves_everything_and_goes_on_from_its_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(protocol, "TABLES", (3, 5))
+    monkeypatch.setattr(peers, "STEPS", (4,))
     out, cache = tmp_path / "out", tmp_path / "runs"
     base = calibrated(tmp_path / "base")
     words = [str(base), *SMALL.split(), "--base", str(base), "--cache", str(cache)]
+    words += ["--peers", "cache-dit"]
     evaluate.main([*words, "--out", str(out)])
     document = json.loads((out / "evaluate.json").read_text())
     pictures = {"error.png", "against.png", "adaptivity.png", "strata.png", "pairs.png"}
@@ -89,6 +91,11 @@ def test_one_command_leaves_everything_and_goes_on_from_its_cache(
     assert document["ways"]["ours"]["3"]["pairs"] == 3
     # The policy is the base: it is its own prior.
     assert document["against"]["prior"]["3"]["difference"]["value"] == 0
+    tuned = document["calibration"]["peers"]["cache-dit"]["4"]
+    assert tuned["setting"]["steps"] == 4
+    assert tuned["cost"] <= 4.08
+    assert document["ways"]["cache-dit"]["4"]["cost"]["value"] == pytest.approx(tuned["cost"], 0.3)
+    assert "| cache-dit |    4 |" in page
     assert set(document["shuffled"]) == {"3"}
     assert set(document["verdicts"]) == {"3", "4"}
 
