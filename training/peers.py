@@ -111,9 +111,8 @@ def _cache_dit(model: str) -> Peer:
     )
 
     def switch(pipe: Any, setting: Setting) -> Callable[[], None]:
-        os.environ.setdefault(
-            "CACHE_DIT_LOG_LEVEL", "error"
-        )  # read at import; ten lines a call else
+        # Read at import; it tells ten lines a call else.
+        os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
         import cache_dit
 
         config = cache_dit.DBCacheConfig(
