@@ -81,12 +81,12 @@ def shuffled(comparison: Comparison) -> Json:
     answers: dict[str, Json] = {}
     ps: list[float] = []
     for k, other in sorted(study.shuffled.items()):
-        own, draws = study.ours[k], comparison.draws(other.pairs)
+        own, draws = study.ours[k].error[:, : other.pairs], comparison.draws(other.pairs)
         mean = draws.mean(other.error)
-        relative = -difference(draws.mean(own.error), mean)
+        relative = -difference(draws.mean(own), mean)
         ps.append(p_value(relative))
         answers[f"{k:g}"] = {
-            "own": float(own.error.mean()),
+            "own": float(own.mean()),
             "shuffled": float(mean[0]),
             "gain": estimate(relative * mean).to_dict(),
             "relative_gain": estimate(relative).to_dict(),

@@ -45,10 +45,10 @@ class Settings:
 
     policies: folders of one recipe, a training seed each. base: the calibrated folder that they started from; its
     family and its costs are the rivals'. schedules: files of further searched schedules. split, seed: of the pairs.
-    pairs: for the main ways. others: a prefix of them for the rest. calibration: pairs of the validation split. dials:
-    means that are compared. means: further ones, for ours alone. claimed: dials of the shuffled control. derangements:
-    of each. reference: steps of the converged solutions. draws: of the bootstrap. guidance, tokens: of the call. peers:
-    caches of others, None for all that are installed.
+    pairs: for the main ways. others: a prefix of them for the rest and for the shuffled control. calibration: pairs of
+    the validation split. dials: means that are compared. means: further ones, for ours alone. claimed: dials of the
+    shuffled control. derangements: of each. reference: steps of the converged solutions. draws: of the bootstrap.
+    guidance, tokens: of the call. peers: caches of others, None for all that are installed.
     """
 
     policies: tuple[Path, ...]
@@ -256,11 +256,12 @@ class Protocol:
         """Evaluations of images in all that `study` runs."""
         s, seeds = self.settings, len(self.settings.policies)
         families = 1 + len(self._families)
-        own = seeds * (sum(s.asked) + s.derangements * sum(s.claimed))
+        own = seeds * sum(s.asked)
+        shuffled = seeds * s.derangements * sum(s.claimed)
         around = families * sum(2 * k + 1 for k in s.dials) + sum(TABLES)
         others = sum(n * way.evaluations for n, curve in rivals.values() for way in curve.values())
         main = s.reference + 2 * PLAIN + own + around + sum(self._fixed)
-        return s.pairs * main + others
+        return s.pairs * main + s.others * shuffled + others
 
     def _rivals(self, found: Calibration) -> dict[str, tuple[int, dict[float, Way]]]:
         """Name to pairs and the ways by dial."""
@@ -312,15 +313,15 @@ class Protocol:
     def _shuffled(self, meter: Meter, dial: int) -> Measured:
         """Ours with every image on another one's trace: mean over derangements."""
         s = self.settings
-        traces = [meter.runs.traces(way, s.pairs) for way in self.ours[dial]]
+        traces = [meter.runs.traces(way, s.others) for way in self.ours[dial]]
         runs = []
         for i in range(s.derangements):
-            order = derangement(s.pairs, np.random.default_rng((s.seed, i))).tolist()
+            order = derangement(s.others, np.random.default_rng((s.seed, i))).tolist()
             taken = [
-                ways.shuffled(way, of_way, order, f"{i} of {s.pairs}, seed {s.seed}")
+                ways.shuffled(way, of_way, order, f"{i} of {s.others}, seed {s.seed}")
                 for way, of_way in zip(self.ours[dial], traces, strict=True)
             ]
-            runs.append(meter.measure(taken, s.pairs))
+            runs.append(meter.measure(taken, s.others))
         names = ("error", "cost", "nfe", "score", "psnr", "ssim")
         return Measured(**{n: np.mean([getattr(r, n) for r in runs], axis=0) for n in names})
 

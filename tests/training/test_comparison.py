@@ -205,6 +205,16 @@ def test_shuffled_plans_lose_what_adapting_won() -> None:
     assert answer["p_holm"] == answer["p"]
 
 
+def test_fewer_pairs_may_be_shuffled_than_measured() -> None:
+    """The control is compared with the same pairs under their own plans."""
+    base = study()
+    c, own = hardness(), base.ours[6.0]
+    other = measured(c[:40] / np.roll(own.cost[0, :40], 1) ** 2, own.cost[0, :40])
+    answer = adaptivity.shuffled(comparison(shuffled={6.0: other}))["6"]
+    assert answer["own"] == pytest.approx(own.error[:, :40].mean())
+    assert answer["gain"]["value"] == pytest.approx(other.error.mean() - answer["own"])
+
+
 def test_a_policy_that_treats_all_alike_gains_nothing_over_its_shuffle() -> None:
     c = hardness()
     ours = {float(k): measured(c / k**2, k) for k in (4, 5, 6, 8)}

@@ -37,6 +37,7 @@ def document(made: Study) -> dict[str, Any]:
             "errors": {"DPM++ 2M": 0.001, "UniPC": 0.002},
             "tolerances": {str(k): [1 / k, k + 0.1] for k in made.dials},
             "thresholds": {str(k): [2 / k, k - 0.1] for k in made.dials},
+            "peers": {},
         },
         "ways": comparison.ways(),
         "against": comparison.against(),
@@ -73,6 +74,15 @@ def test_the_page_says_what_the_document_says() -> None:
     assert all(f"dial {k}" in page for k in DIALS)
     assert "nan" not in page
     assert "None" not in page
+
+
+def test_the_settings_of_other_caches_are_shown() -> None:
+    made = document(study())
+    assert "warm-up" not in markdown(made)
+    setting = {"steps": 20, "warm_up": 5, "reach": 0.4}
+    tuned = {"setting": setting, "cost": 7.891, "error": 0.1}
+    made["calibration"]["peers"] = {"cache-dit": {"8": tuned}}
+    assert "| cache-dit |    8 |    20 |       5 |   0.4 | 7.89 |" in markdown(made)
 
 
 def test_gaps_stay_empty() -> None:
