@@ -182,7 +182,8 @@ def _settings(options: argparse.Namespace) -> Settings:
     # What was not asked for follows what was: a short run is a prefix of itself, a dial is no further mean.
     default = Settings(policies=given["policies"], base=given["base"])
     dials, pairs = given.get("dials", default.dials), given.get("pairs", default.pairs)
-    given.setdefault("others", min(default.others, pairs))
+    for name in ("others", "calibration"):
+        given.setdefault(name, min(getattr(default, name), pairs))
     given.setdefault("means", _further_means(given["policies"], default.means, dials))
     given.setdefault("claimed", tuple(k for k in default.claimed if k in dials))
     return Settings(**given)
@@ -216,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, help="of the pairs; else 0")
     add("--pairs", type=int, help="for the main ways; else 1000")
     add("--others", type=int, help="prefix of them for the other ways; else 256")
-    add("--calibration", type=int, help="validation pairs that set the rivals; else 64")
+    add("--calibration", type=int, help="validation pairs that set the rivals; else 64, or PAIRS")
     add("--dials", type=int, nargs="+", help="means that are compared; else 5 6 8 10 14")
     add("--means", type=float, nargs="*", help="further means, of ours alone; else 4 12")
     add("--claimed", type=int, nargs="*", help="dials of the shuffled control; else 6 8")

@@ -207,7 +207,7 @@ def test_settings_that_would_mean_nothing(changes: dict[str, Any], message: str)
 def test_what_was_not_asked_for_follows_what_was(tmp_path: Path) -> None:
     words = f"{calibrated(tmp_path)} --model tiny-sd3 --out x --pairs 20 --dials 4 8"
     made = evaluate._settings(evaluate._parser().parse_args(words.split()))
-    assert (made.pairs, made.others) == (20, 20)
+    assert (made.pairs, made.others, made.calibration) == (20, 20, 20)
     assert (made.dials, made.means, made.claimed) == ((4, 8), (12,), (8,))
     assert made.base == BASE
     assert made.asked == [4, 8, 12]
