@@ -89,10 +89,10 @@ def test_a_walk_begins_again_where_another_passed(bench: Bench, family: WarpFami
 @pytest.mark.slow
 @pytest.mark.parametrize("bench", ["flux"], indirect=True)
 def test_the_normal_equations_are_those_of_whole_runs(bench: Bench, family: WarpFamily) -> None:
-    unknowns, rows, target = fitting._Unknowns.of(K), some_rows(), torch.zeros(())
+    unknowns, rows, target = fitting.Unknowns.of(K), some_rows(), torch.zeros(())
     end = walked(bench, family, rows).end()
     target = end + torch.randn(end.shape, generator=torch.Generator().manual_seed(2))
-    gram, slope, errors = fitting._normal_equations(
+    gram, slope, errors = fitting.normal_equations(
         bench, fitting.family_grid(family, K), unknowns, rows, range(2), target
     )
     columns = []
@@ -138,7 +138,7 @@ def test_nothing_is_fitted_to_a_single_prompt(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("k", [*range(1, 10), *FIT_STEPS, 28])
 def test_unknowns(k: int) -> None:
-    unknowns = fitting._Unknowns.of(k)
+    unknowns = fitting.Unknowns.of(k)
     assert unknowns.hats.shape == (k, len(unknowns.nodes))
     assert len(unknowns.nodes) == min(k, NODES)
     assert torch.equal(unknowns.hats.sum(1), torch.ones(k, dtype=torch.float64))

@@ -57,7 +57,7 @@ _DISTURBANCE = 0.1
 _ROUNDS = 2  # of the first k; every other begins at what was found before
 _DAMPING = (0.03, 0.3)
 _SHARES = (1.0, 0.5)
-_FLOOR = 0.1
+FLOOR = 0.1
 """Of the median error: what is added below the root, so that the easiest images do not decide."""
 Weights: TypeAlias = torch.Tensor
 Grid: TypeAlias = Callable[[Run], Sequence[float]]
@@ -124,7 +124,7 @@ def _probe(bench: Bench) -> list[Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Unknowns:
+class Unknowns:
     """Which weights are fitted. hats: `[k, nodes]`, rows of all steps are hats @ theta. live: (node, weight) each."""
 
     nodes: tuple[int, ...]
@@ -132,7 +132,7 @@ class _Unknowns:
     live: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, k: int) -> _Unknowns:
+    def of(cls, k: int) -> Unknowns:
         """Start-up, last and even ones between."""
         first = list(range(min(START_UP + 1, k)))
         rest = torch.linspace(START_UP, k - 1, NODES - START_UP).round().int().tolist()
@@ -157,11 +157,11 @@ def fit_grid(
     bench: Bench, grid: Grid, pairs: Sequence[int], start: Sequence[Row], rounds: int
 ) -> list[list[float]]:
     """Rows of weights `[k][NUM_WEIGHTS]` for the k steps of a grid, fitted on pairs. start: where to begin, k rows."""
-    unknowns, target = _Unknowns.of(len(start)), _target(bench, pairs)
+    unknowns, target = Unknowns.of(len(start)), last_latents(bench, pairs)
     theta = torch.tensor(start, dtype=torch.float64)[list(unknowns.nodes)]
     for _ in range(rounds):
-        gram, slope, errors = _normal_equations(bench, grid, unknowns, theta, pairs, target)
-        floor = _FLOOR * errors.median()
+        gram, slope, errors = normal_equations(bench, grid, unknowns, theta, pairs, target)
+        floor = FLOOR * errors.median()
         weight = (errors + floor) ** -0.5
         a, b = torch.tensordot(weight, gram, 1), torch.tensordot(weight, slope, 1)
         best = (errors + floor).sqrt().mean()
@@ -175,7 +175,7 @@ def fit_grid(
 
 
 def _trials(
-    theta: Weights, unknowns: _Unknowns, a: torch.Tensor, b: torch.Tensor
+    theta: Weights, unknowns: Unknowns, a: torch.Tensor, b: torch.Tensor
 ) -> Iterator[Weights]:
     """Steps of several lengths and dampings from theta."""
     for damping in _DAMPING:
@@ -188,7 +188,7 @@ def _trials(
             yield trial
 
 
-def _target(bench: Bench, pairs: Sequence[int]) -> torch.Tensor:
+def last_latents(bench: Bench, pairs: Sequence[int]) -> torch.Tensor:
     """Last latents of the converged solutions, as the pipeline has them, float32 `[P, ...]` on the CPU; made once."""
     which = hashlib.sha256(repr(list(pairs)).encode()).hexdigest()[:8]
 
@@ -206,7 +206,7 @@ def _target(bench: Bench, pairs: Sequence[int]) -> torch.Tensor:
 def _errors(
     bench: Bench,
     grid: Grid,
-    unknowns: _Unknowns,
+    unknowns: Unknowns,
     theta: Weights,
     pairs: Sequence[int],
     target: torch.Tensor,
@@ -220,10 +220,10 @@ def _errors(
     return (torch.cat(ends) - target).double().square().flatten(1).mean(1)
 
 
-def _normal_equations(
+def normal_equations(
     bench: Bench,
     grid: Grid,
-    unknowns: _Unknowns,
+    unknowns: Unknowns,
     theta: Weights,
     pairs: Sequence[int],
     target: torch.Tensor,
@@ -252,7 +252,7 @@ def _normal_equations(
     return torch.cat(grams), torch.cat(slopes), torch.cat(errors)
 
 
-def _disturb(unknowns: _Unknowns, theta: Weights, node: int, w: int) -> Weights:
+def _disturb(unknowns: Unknowns, theta: Weights, node: int, w: int) -> Weights:
     moved = theta.clone()
     moved[node, w] += _DISTURBANCE
     return unknowns.hats @ moved
