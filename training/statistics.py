@@ -230,8 +230,10 @@ def oracle(a: Array, p: Array, k: Array, draws: Draws, least: int, most: int) ->
 def lookup(ks: Sequence[int], errors: Array, spent: Array) -> Array:
     """Every image's error at its own number of evaluations, log-log interpolated in its row of a table: `[N]`.
 
-    ks: rising, two or more. errors: `[K, N]`. spent: `[N]`. Beyond the table's ends as its last piece goes on.
+    ks: rising, two or more. errors: `[K, N]`. spent: `[N]`. Beyond the table's ends as at its ends: the error of one
+    image may rise over the last piece, and would rise without bound.
     """
+    spent = np.clip(spent, ks[0], ks[-1])
     return at_cost(spent, np.repeat(np.asarray(ks, np.float64)[:, None], len(spent), 1), errors)
 
 

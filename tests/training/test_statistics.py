@@ -302,6 +302,12 @@ def test_lookup_reads_every_image_in_its_own_row() -> None:
     assert got == pytest.approx([8.0, 2.0])
 
 
+def test_lookup_holds_its_ends() -> None:
+    """The second image has a larger error at 8 than at 4: at 28 that must not have grown further."""
+    errors = np.array([[16.0, 1.0], [4.0, 2.0]])
+    assert lookup([4, 8], errors, np.array([2.0, 28.0])) == pytest.approx([16.0, 2.0])
+
+
 # --- permutations and thirds
 
 
