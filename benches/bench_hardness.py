@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import save
+from record import run, tiny_parser
 
 from rapid3rt.policies.allocation import detail
 from rapid3rt.policies.schedule import ScheduleFamily
@@ -114,19 +114,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tiny_parser(__doc__)
     add = parser.add_argument
-    add("--model", choices=("tiny-sd3", "tiny-flux"), default="tiny-sd3")
     add("--dtype", default="bfloat16", help="of the generator")
     add("--plans", type=int, nargs="+", default=[6, 8, 10], help="evaluations of an image")
     add("--banks", type=Path, default=Path("runs/banks"), help="where reference banks are kept")
-    add("--save", help="write benches/results/NAME.json")
-    options = parser.parse_args(arguments)
-    results = measure(options)
-    if options.save:
-        print(save(options.save, results))
+    run(parser, measure, arguments)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from bench_hardness import Watching
-from record import save
+from record import run, tiny_parser
 
 import rapid3rt
 from rapid3rt.calibrate.fitting import FLOOR, Unknowns, family_grid, last_latents, normal_equations
@@ -119,10 +119,10 @@ def observe(bench: Bench, family: WarpFamily, k: int) -> tuple[torch.Tensor, lis
     return torch.cat(conditioning), [torch.cat(step) for step in zip(*seen, strict=True)]
 
 
-def components(conditioning: torch.Tensor, m: int) -> torch.Tensor:
-    """The first principal components, of unit variance: `[P, m]`."""
+def components(conditioning: torch.Tensor) -> torch.Tensor:
+    """The principal components, of unit variance, the first ones first: `[P, at most P]`."""
     left, _, _ = torch.linalg.svd(scaled(conditioning), full_matrices=False)
-    return left[:, :m] * len(left) ** 0.5
+    return left * len(left) ** 0.5
 
 
 def scaled(x: torch.Tensor) -> torch.Tensor:
@@ -161,9 +161,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         ]
         return min(found, key=lambda left: left["root"])
 
-    captions = [
-        components(conditioning, m)[:, None].expand(-1, one.shape[1], -1) for m in COMPONENTS
-    ]
+    principal = components(conditioning)
+    captions = [principal[:, None, :m].expand(-1, one.shape[1], -1) for m in COMPONENTS]
     image = shown(seen, unknowns)
     left = {
         "own": model.left(model.own()),
@@ -180,19 +179,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tiny_parser(__doc__)
     add = parser.add_argument
-    add("--model", choices=("tiny-sd3", "tiny-flux"), default="tiny-sd3")
     add("--steps", type=int, default=6, help="evaluations of an image")
     add("--pairs", type=int, default=160, help="captions of the train split, 8 or more")
     add("--out", type=Path, default=Path("runs/weights"), help="where references are kept")
-    add("--save", help="write benches/results/NAME.json")
-    options = parser.parse_args(arguments)
-    results = measure(options)
-    if options.save:
-        print(save(options.save, results))
+    run(parser, measure, arguments)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +48,25 @@ def save(name: str, results: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n")
     return path
+
+
+def tiny_parser(description: str | None) -> argparse.ArgumentParser:
+    """For the command line of a bench on a tiny pipeline: `--model` and `--save`."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=("tiny-sd3", "tiny-flux"), default="tiny-sd3")
+    parser.add_argument("--save", help="write benches/results/NAME.json")
+    return parser
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    measure: Callable[[argparse.Namespace], dict[str, Any]],
+    arguments: Sequence[str] | None,
+) -> None:
+    """Measure what the command line asks for; save it where it says so. parser: of `tiny_parser`."""
+    options = parser.parse_args(arguments)
+    results = measure(options)
+    if options.save:
+        print(save(options.save, results))

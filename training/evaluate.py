@@ -17,7 +17,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -33,6 +32,7 @@ from training import adaptivity, panels, ways
 from training.comparison import OURS, Comparison, verdicts
 from training.config import Dtype
 from training.machine import machine
+from training.peers import has_cache_dit
 from training.protocol import Calibration, Protocol, Settings
 from training.study import Measured, Study
 from training.tables import markdown
@@ -64,7 +64,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         _check_policy(folder, settings.base, model_id(pipe.transformer))
     if not panels.can_draw():
         print("no pictures: they need matplotlib (pip install 'rapid3rt[plot]')", file=sys.stderr)
-    if settings.peers is None and find_spec("cache_dit") is None:
+    if settings.peers is None and not has_cache_dit():
         print("not compared with cache-dit: pip install 'rapid3rt[bench]'", file=sys.stderr)
     out: Path = options.out
     protocol = Protocol(pipe, settings, options.cache or out / "cache")

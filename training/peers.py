@@ -91,10 +91,15 @@ class Work:
         return counts, shares.sum().view(1)
 
 
+def has_cache_dit() -> bool:
+    """Whether the one that runs with every model is installed."""
+    return find_spec("cache_dit") is not None
+
+
 def find_peers(transformer: nn.Module) -> dict[str, Peer]:
     """Those that are installed and run with a model, by the name that a table shows."""
     found = {}
-    if find_spec("cache_dit") is not None:
+    if has_cache_dit():
         found[_CACHE_DIT] = _cache_dit(type(transformer).__name__)
     if hasattr(transformer, "enable_cache"):
         found["FirstBlockCache"] = _first_block()

@@ -202,10 +202,10 @@ class Protocol:
             found.append(
                 Tuned(setting=setting, cost=float(made.cost.mean()), error=float(made.error.mean()))
             )
+        cheapest = min(found, key=lambda tuned: tuned.cost)
         chosen = {}
         for k in self.settings.dials:
             affordable = [tuned for tuned in found if tuned.cost <= k * (1 + CLOSE)]
-            cheapest = min(found, key=lambda tuned: tuned.cost)
             chosen[k] = min(affordable, key=lambda tuned: tuned.error, default=cheapest)
         return chosen
 
