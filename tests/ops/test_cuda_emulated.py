@@ -30,7 +30,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the objects of the kernels, of their twins and of the emulation."""
+    """A folder with the objects of the kernels, of their twins and of the emulation, assertions and all."""
     compiler = (sysconfig.get_config_var("CXX") or "c++").split()[0]
     if shutil.which(compiler) is None:
         pytest.skip("no C++ compiler")
@@ -46,6 +46,14 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["cuda_lists", "cuda_rows"])
 def test_emulated_kernels_do_as_their_cpu_twins(name: str, compiled: Path) -> None:
+    build_and_run(name, compiled)
+
+
+def test_a_debug_build_stops_at_ids_out_of_range(compiled: Path) -> None:
+    build_and_run("cuda_debug", compiled)
+
+
+def build_and_run(name: str, compiled: Path) -> None:
     compiler = (sysconfig.get_config_var("CXX") or "c++").split()[0]
     objects = sorted(compiled.glob("c*0/*.o"))
     include = [f"-I{CSRC / path}" for path in ("tests/emulated", "tests", "include")]

@@ -4,10 +4,11 @@
 //
 // A call is num_items tiles, one per (row, head, query block); a tile's id counts them in that
 // order. Lists on a device are never read by the host, so nothing here trusts them: whatever stands
-// in mode, order, count, index and kv_len, no key outside [0, kv_len) is addressed. A list that is
-// not given is empty.
+// in mode, order, count, index and kv_len, no key outside [0, kv_len) is addressed; a debug build
+// stops at what is out of range. A list that is not given is empty.
 #pragma once
 
+#include <cassert>
 #include <cstdint>
 
 #include "../host_device.h"
@@ -53,6 +54,7 @@ struct Work {
 R3_HOST_DEVICE Work work_at(const AttentionCall& call, uint32_t position) {
   const AttentionParams& p = call.params;
   const uint32_t id = p.order == nullptr ? position : static_cast<uint32_t>(p.order[position]);
+  assert(id < call.num_items);
   if (id >= call.num_items) return {0, 0, 0, 0, Mode::kSkip};
   const uint32_t head_id = id / call.num_q, num_heads = static_cast<uint32_t>(p.num_heads);
   const int32_t first = static_cast<int32_t>((id - head_id * call.num_q) * p.block_q);
@@ -96,6 +98,11 @@ class KeyWalk {
         list_ = p.index + offset_of(p.index_strides, w.row, w.head, block);
         num_listed_ = clamp(p.count[w.row * p.count_row + w.head * p.count_head + block],
                             static_cast<int32_t>(p.list_len));
+#ifndef NDEBUG
+        for (int32_t i = 0; i < num_listed_; ++i) {
+          assert(list_[i] >= 0 && list_[i] < ceil_div(len_kv, kBlock));
+        }
+#endif
       }
     }
     read_ahead();
@@ -118,6 +125,7 @@ class KeyWalk {
   static_assert(kBlock % kStepKeys == 0, "a block is walked in whole steps");
 
   static R3_HOST_DEVICE int32_t clamp(int32_t n, int32_t most) {
+    assert(n >= 0 && n <= most);
     return n < 0 ? 0 : n < most ? n : most;
   }
 
