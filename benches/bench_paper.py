@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ablations of RAPID^3 on the tiny world: what each reward, each head and each algorithm makes of the same start.
 
-    python benches/bench_paper.py [--out runs/paper] [--banks runs/banks] [--only NAME ...] [--save NAME] [--plot FILE]
+    python benches/bench_paper.py [--out runs/paper] [--banks runs/banks] [--only NAME ...] [--seeds SEED ...]
+                                  [--save NAME] [--plot FILE]
 
-Trains `tiny-sd3-paper` once for each line, on the same prompts and noises: three heads from nothing, Euler steps, the
-paper's reward w(K) (q + omega d), one ratio per trajectory. Runs that are there are gone on with, so the command may be
-stopped. Prints a table, and writes `results/NAME.json` and a picture of evaluations over iterations. One seed each: the
-shape is what is compared, differences of a few per cent mean nothing.
+Trains `tiny-sd3-paper` once for each line and seed, all lines of a seed on the same prompts and noises: three heads
+from nothing, Euler steps, the paper's reward w(K) (q + omega d), one ratio per trajectory. Runs that are there are gone
+on with, so the command may be stopped. Prints a table of means over the seeds, the least and the largest in brackets,
+and writes `results/NAME.json` and a picture of evaluations over iterations.
 """
 
 from __future__ import annotations
@@ -40,23 +41,28 @@ ENDS = 10
 """Iterations at either end of a run whose mean is shown."""
 
 
-def train(name: str, options: argparse.Namespace) -> None:
-    """Run one ablation to its end; nothing where it has come to it. What stops a run stops this, with its message."""
-    out = options.out / name
-    done = (out / "policy" / "config.json").exists() and len(read(name, options)) == ITERATIONS
-    if done:
-        return
-    command = [sys.executable, "-m", "training.run", "tiny-sd3-paper", "--out", str(out)]
-    command += ["--banks", str(options.banks), "--resume", "auto", *SHARED, *ABLATIONS[name][1]]
-    status = subprocess.run(command, check=False).returncode
-    if status:
-        sys.exit(status)
+def train(name: str, seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run one ablation to its end, unless it has come to it; its metrics, a row per iteration.
+
+    What stops a run stops this, with its message.
+    """
+    out = options.out / f"{name}-{seed}"
+    metrics = out / "metrics.jsonl"
+    if not ((out / "policy" / "config.json").exists() and len(read(metrics)) == ITERATIONS):
+        command = [sys.executable, "-m", "training.run", "tiny-sd3-paper", "--out", str(out)]
+        command += ["--seed", str(seed), "--banks", str(options.banks), "--resume", "auto"]
+        command += [*SHARED, *ABLATIONS[name][1]]
+        if options.threads is not None:
+            command += ["--threads", str(options.threads)]
+        status = subprocess.run(command, check=False).returncode
+        if status:
+            sys.exit(status)
+    return read(metrics)
 
 
-def read(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A run's metrics, a row per iteration."""
-    lines = (options.out / name / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -69,7 +75,6 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     first, last = rows[:ENDS], rows[-ENDS:]
     measured = [row for row in rows if "quality/m" in row]
     return {
-        "iterations": len(rows),
         "E_first": mean("cost/E", first),
         "E_last": mean("cost/E", last),
         "nfe_last": mean("cost/nfe", last),
@@ -88,24 +93,39 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """Markdown."""
+Results = dict[str, dict[int, dict[str, Any]]]
+"""What `summarise` makes of each run: name, then seed."""
+
+
+def table(results: Results) -> str:
+    """Markdown: means over the seeds, the least and the largest in brackets."""
+
+    def cell(seeds: dict[int, dict[str, Any]], key: str, digits: int, unit: float = 1.0) -> str:
+        values = [unit * run[key] for run in seeds.values() if run[key] is not None]
+        if not values:
+            return "-"
+        mean, low, high = (f"{f(values):.{digits}f}" for f in (fmean, min, max))
+        return mean if len(values) == 1 else f"{mean} ({low} .. {high})"
+
     lines = [
         "| | E, first 10 | E, last 10 | scene score, last 10 | m on validation, 1e-3 | E there |",
         "|---|---|---|---|---|---|",
     ]
-    for name, result in results.items():
-        score = result["scene_last"]
-        lines.append(
-            f"| {ABLATIONS[name][0]} | {result['E_first']:.1f} | {result['E_last']:.1f} | "
-            f"{'-' if score is None else f'{score:.3f}'} | {1000 * result['validation_m']:.2f} | "
-            f"{result['validation_E']:.1f} |"
-        )
+    columns = (
+        ("E_first", 1, 1.0),
+        ("E_last", 1, 1.0),
+        ("scene_last", 3, 1.0),
+        ("validation_m", 2, 1000.0),
+        ("validation_E", 1, 1.0),
+    )
+    for name, seeds in results.items():
+        cells = " | ".join(cell(seeds, *column) for column in columns)
+        lines.append(f"| {ABLATIONS[name][0]} | {cells} |")
     return "\n".join(lines)
 
 
-def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """Evaluations over iterations: rewards on the left, heads and algorithms on the right."""
+def draw(results: Results, path: Path) -> None:
+    """Evaluations over iterations, mean and range of the seeds: rewards left, heads and algorithms right."""
     import matplotlib.pyplot as plt
 
     groups = ("qd", "q", "d", "lambda90"), ("qd", "step", "step-cache", "step-sparse", "rloo")
@@ -114,16 +134,23 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
         for name in names:
             if name not in results:
                 continue
-            values = results[name]["E"]
-            smooth = [fmean(values[max(0, i - 4) : i + 1]) for i in range(len(values))]
-            axes.plot(range(1, len(values) + 1), smooth, label=ABLATIONS[name][0])
-        axes.set(title=title, xlabel="iteration")
+            curves = [smoothed(run["E"]) for run in results[name].values()]
+            over = range(1, ITERATIONS + 1)
+            at = list(zip(*curves, strict=True))
+            (line,) = axes.plot(over, [fmean(values) for values in at], label=ABLATIONS[name][0])
+            low, high = [min(values) for values in at], [max(values) for values in at]
+            axes.fill_between(over, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+        axes.set(title=title, xlabel="iteration", ylim=(0, None))
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("equivalent steps (mean of five)")
-    panels[0].set_ylim(0, 1.05 * max(max(results[name]["E"]) for name in results))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Each value's mean with the four before it."""
+    return [fmean(values[max(0, i - 4) : i + 1]) for i in range(len(values))]
 
 
 def main() -> None:
@@ -134,13 +161,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/paper"), help="folder of the runs")
     parser.add_argument("--banks", type=Path, default=Path("runs/banks"))
     parser.add_argument("--only", nargs="+", choices=tuple(ABLATIONS), default=tuple(ABLATIONS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
+    parser.add_argument("--threads", type=int, default=None, help="threads of a run")
     parser.add_argument("--save", default=None, help="name of the record")
     parser.add_argument("--plot", type=Path, default=None, help="picture")
     options = parser.parse_args()
-    results = {}
-    for name in options.only:
-        train(name, options)
-        results[name] = summarise(read(name, options))
+    results: Results = {name: {} for name in options.only}
+    for seed in options.seeds:
+        for name in options.only:
+            results[name][seed] = summarise(train(name, seed, options))
     print(table(results))
     if options.plot is not None:
         draw(results, options.plot)
