@@ -15,6 +15,7 @@ from typing import Any
 
 # First: OpenMP must be the one that torch has loaded, two runtimes in one process fight over cores.
 import torch
+from torch.autograd.graph import increment_version  # kernels write behind autograd's back
 
 from rapid3rt import envs
 from rapid3rt.errors import UnsupportedError
@@ -111,6 +112,7 @@ def gather_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 def scatter_rows(out: torch.Tensor, x: torch.Tensor, rows: torch.Tensor) -> None:
     """As `reference.scatter_rows`."""
     checks.expect_apart("out", out, x=x, rows=rows)
+    increment_version(out)
     x, rows = x.contiguous(), rows.contiguous()
     num_rows, num_bytes = rows.shape[0], x.numel() * x.element_size()
     if num_bytes or (num_rows and not x.is_cuda):
@@ -176,6 +178,7 @@ def cache_store(
     if not embedded.numel():
         return reference.cache_store(slots, out, embedded, slot, gap)
     checks.expect_apart("slots", slots, out=out, embedded=embedded, slot=slot, gap=gap)
+    increment_version(slots)
     out, embedded, slot, gap = (t.contiguous() for t in (out, embedded, slot, gap))
     num_rows, num_tokens, width = embedded.shape
     stats = embedded.new_empty((num_rows, 3), dtype=torch.float32)
@@ -297,6 +300,7 @@ def block_sparse_attention_(
         reference.block_sparse_attention_(out, lse, q, k, v, *lists, block_q, block_kv, scale)
         return
     checks.expect_attention_apart(out, lse, q, k, v)
+    increment_version([out] if lse is None else [out, lse])
     _attend(out, lse, q, k, v, lists, (block_q, block_kv), scale, True)
 
 

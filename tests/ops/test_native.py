@@ -120,6 +120,17 @@ def test_no_rows_give_empty_results(backend: str) -> None:
     assert lse.shape == (0, 2, 64)
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("case", [case for case in CASES if case.writes], ids=str)
+def test_autograd_hears_of_what_is_written_in_place(case: Case, backend: str) -> None:
+    arguments = clone_arguments(case.arguments(torch.float32))
+    written = [arguments[i] for i in case.writes]
+    before = [t._version for t in written]
+    getattr(ops, case.op)(*arguments, backend=backend)
+    if written[0].numel():
+        assert all(t._version > version for t, version in zip(written, before, strict=True))
+
+
 def test_half_precision_conversion_is_exact_for_every_value() -> None:
     """All 65536 bit patterns of both formats, and float32 values around every rounding boundary."""
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
