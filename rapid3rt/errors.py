@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from numbers import Integral, Real
 
 
 class UnsupportedError(NotImplementedError):
@@ -24,8 +25,8 @@ def check_number(
     name: str, value: float, accept: Callable[[float], bool], requirement: str
 ) -> float:
     """Return `value` as a float. Raises `ValueError` unless it is finite and `accept` takes it."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and math.inf > abs(value) > sys.float_info.max:  # an integer may be beyond any float
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if number and isinstance(value, Integral) and abs(int(value)) > sys.float_info.max:
         msg = f"{name} must be {requirement}, got an integer beyond {sys.float_info.max:.1e}"
         raise ValueError(msg)
     if not number or not math.isfinite(value) or not accept(value):
@@ -35,8 +36,8 @@ def check_number(
 
 
 def check_count(name: str, value: int) -> int:
-    """Return `value`. Raises `ValueError` unless it is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    """Return `value` as an int. Raises `ValueError` unless it is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         msg = f"{name} must be an integer of at least 1, got {value!r}"
         raise ValueError(msg)
-    return value
+    return int(value)

@@ -240,7 +240,8 @@ class LearnedPolicy:
     ----------
     heads: their distributions. family: whose walk they add to, None for the recipe of the paper. order: of every step.
     budget: what every image gets; dial: b, the mean over images; speed: ticks over the mean of their equivalent steps,
-    by the calibration, which says what every dial was measured to cost. costs: of the actions.
+    by the calibration, which says what every dial was measured to cost. takes_nearest: whether a speed beyond it
+    becomes the nearest that was measured, with a note, and is no error. costs: of the actions.
     seeds: one per image, to sample in training; None serves modes and the most likely choices. record: told every
     decision of a run. teacher: walks in place of the heads, which only record what they would have to say: the first
     lessons of heads without a prior.
@@ -257,6 +258,7 @@ class LearnedPolicy:
         budget: int | None = None,
         dial: float | None = None,
         speed: float | None = None,
+        takes_nearest: bool = False,
         name: str = "learned",
         calibration: Sequence[Dial] = (),
         costs: ActionCosts | None = None,
@@ -269,7 +271,7 @@ class LearnedPolicy:
             raise ValueError(
                 f"family must {'' if heads.config.has_prior else 'not '}be given for these heads, got {family!r}"
             )
-        self.family, self.speed = family, speed
+        self.family, self.speed, self.takes_nearest = family, speed, takes_nearest
         self.prior = None
         if family is not None:
             self.prior = Prior(family, budget=budget, dial=dial, stretches="allocation" in names)
@@ -286,7 +288,13 @@ class LearnedPolicy:
         """Whether a speed is a mean over images here, and not a cap."""
         return self.prior is not None and self.speed is not None
 
-    def limited(self, *, budget: int | None = None, speed: float | None = None) -> LearnedPolicy:
+    def limited(
+        self,
+        *,
+        budget: int | None = None,
+        speed: float | None = None,
+        takes_nearest: bool = False,
+    ) -> LearnedPolicy:
         """The same heads at a budget, which every image keeps, or at a speed, a mean where there is a prior."""
         return LearnedPolicy(
             self.heads,
@@ -294,6 +302,7 @@ class LearnedPolicy:
             order=self.order,
             budget=budget,
             speed=speed,
+            takes_nearest=takes_nearest,
             name=self.name,
             calibration=self.calibration,
             costs=self.costs,
@@ -306,14 +315,12 @@ class LearnedPolicy:
                 f"family must be '{self.heads.config.family}', for which {self.name} was made, got '{run.family}'"
             )
         if self.prior is not None:
+            self.notes = ()
             if self.speed is not None:
-                wanted = run.ticks / self.speed
-                self.prior.dial = (
-                    setting_for(self.calibration, wanted) if self.calibration else wanted
-                )
+                self.prior.dial = self._setting(run.ticks, self.speed)
             self.prior.begin(run)
             stretches = "allocation" in self.heads.config.heads and self.prior.allocates
-            self.notes = misfit_notes(self.prior.family, run, allocates=stretches)
+            self.notes += misfit_notes(self.prior.family, run, allocates=stretches)
         if self._teacher is not None:
             self._teacher.begin(run)
         self._run = run
@@ -326,6 +333,27 @@ class LearnedPolicy:
         self._velocity: torch.Tensor | None = None
         self._stretch = torch.ones(run.images, device=run.device)
         self._left = unknown
+
+    def _setting(self, ticks: int, speed: float) -> float:
+        """The dial of a speed. Raises `ValueError` where it was not measured and the nearest will not do."""
+        wanted = ticks / speed
+        if not self.calibration:
+            return wanted
+        low, high = (self.calibration[i].equivalent_steps for i in (0, -1))
+        nearest = min(max(wanted, low), high)
+        if nearest != wanted and not self.takes_nearest:
+            ends = f"{max(ticks / high, 1):.3g} to {ticks / low:.3g}"
+            instead = f"a speed of {ends}, or a budget" if ticks >= low else "a budget"
+            raise ValueError(
+                f"speed must ask for {low:.2f} to {high:.2f} equivalent steps, for which this policy was calibrated, "
+                f"got {wanted:.2f}; with {ticks} steps give {instead}"
+            )
+        if nearest != wanted:
+            self.notes = (
+                f"speed={speed:g} asks for {wanted:.3g} equivalent steps; {nearest:.3g}, the nearest that this policy "
+                "was calibrated for, were taken",
+            )
+        return setting_for(self.calibration, nearest)
 
     def decide_compute(self, state: DenoiseState) -> ComputeDecision:
         if state.tick == 0:

@@ -39,7 +39,7 @@ def parse(name: str) -> Policy:
     kind, colon, argument = name.partition(":")
     if kind not in _MAKERS:
         known = ", ".join(known_names(kind))
-        msg = f"policy must be one of {known}, or a policy folder that is here, got '{name}'"
+        msg = f"policy must be one of {known}, auto, or a policy folder that is here, got '{name}'"
         raise ValueError(msg)
     if bool(argument) != (":" in GRAMMAR[kind]) or (colon and not argument):
         raise _malformed(kind, name)
