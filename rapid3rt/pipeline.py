@@ -25,6 +25,7 @@ from rapid3rt.policies.folder import PATTERNS, PolicyFolder
 from rapid3rt.policies.learned import LearnedPolicy
 from rapid3rt.policies.schedule import ScheduleFamily
 from rapid3rt.runtime.executor import Executor
+from rapid3rt.runtime.frames import pipeline_call
 from rapid3rt.runtime.report import Report
 from rapid3rt.runtime.session import Choice, Session
 from rapid3rt.runtime.twins import (
@@ -81,6 +82,7 @@ def accelerate(
     StateError: the pipeline is accelerated already.
     """
     _refuse_twins(pipe)
+    _refuse_running(pipe)
     adapter = find_adapter(pipe)
     controlnet = find_controlnet(pipe, adapter)
     check_scheduler(pipe.scheduler)
@@ -88,16 +90,17 @@ def accelerate(
     if attention not in ATTENTION_MODES:
         raise ValueError(f"attention must be 'exact' or 'fast', got {attention!r}")
     ops.require(backend, device_of(pipe))
-    _check_dial(budget, speed)
+    budget, speed = _check_dial(budget, speed)
     model = model_id(pipe.transformer)
     source = _resolve(policy, model, adapter.family)
-    if budget is None and speed is None and source.wants_dial:
+    is_usual = budget is None and speed is None and source.wants_dial
+    if is_usual:
         speed = DEFAULT_SPEED
     _limit(
         source.policy, budget, speed
     )  # refuses meaningless combinations now, not at the first call
     executor = Executor(adapter, backend, attention == "exact")
-    choose = partial(_choose, source, budget, speed)
+    choose = partial(_choose, source, budget, speed, is_usual)
     session = Session(pipe, adapter, executor, choose, source.costs, model)
     real_transformer, real_scheduler = pipe.transformer, pipe.scheduler
     session.real = (real_transformer, real_scheduler, controlnet)
@@ -116,6 +119,9 @@ def restore(pipe: Any) -> Any:
     StateError if there is nothing to restore.
     """
     sessions = [_session_behind(getattr(pipe, name, None)) for name in _SWAPPED]
+    _refuse_running(pipe)
+    for name in _SWAPPED:
+        _refuse_wrapped(name, getattr(pipe, name, None))
     if not any(sessions):
         raise StateError("pipe must be accelerated first: rapid3rt.accelerate(pipe)")
     for i, session in enumerate(sessions):
@@ -240,11 +246,18 @@ def _automatic(model: str) -> _Source:
     )
 
 
-def _choose(source: _Source, budget: int | None, speed: float | None, ticks: int) -> Choice:
-    """The policy of one run. ticks: of the call's whole grid; a strength may leave fewer to the run."""
+def _choose(
+    source: _Source, budget: int | None, speed: float | None, is_usual: bool, ticks: int
+) -> Choice:
+    """The policy of one run. ticks: of the call's whole grid; a strength may leave fewer to the run.
+
+    is_usual: whether the speed is nobody's wish, so that the nearest one that the policy can do will do.
+    """
     if budget is not None and budget > ticks:
         raise ValueError(f"budget must be 1 to {ticks} (the steps of this call), got {budget}")
     policy = _limit(source.policy, budget, speed, ticks)
+    if is_usual and isinstance(policy, LearnedPolicy):
+        policy = policy.limited(speed=speed, takes_nearest=True)
     allocates = getattr(policy, "allocates", False)
     # A policy of the user's own does not plan for a cap: when it is spent, the session lets the image reuse.
     is_capped = budget is not None or (speed is not None and speed > 1)
@@ -289,15 +302,16 @@ def _limit(
     return policy
 
 
-def _check_dial(budget: int | None, speed: float | None) -> None:
+def _check_dial(budget: int | None, speed: float | None) -> tuple[int | None, float | None]:
     if budget is not None and speed is not None:
         raise ValueError(
             f"budget and speed must not both be given, got budget={budget}, speed={speed}"
         )
     if budget is not None:
-        check_count("budget", budget)
+        budget = check_count("budget", budget)
     if speed is not None:
-        check_number("speed", speed, lambda s: s >= 1, "a finite number of at least 1")
+        speed = check_number("speed", speed, lambda s: s >= 1, "a finite number of at least 1")
+    return budget, speed
 
 
 def find_adapter(pipe: Any) -> Adapter:
@@ -388,6 +402,25 @@ def _refuse_twins(pipe: Any) -> None:
                 f"pipe must not be accelerated already, nor have the {name} of an accelerated pipeline; call "
                 "rapid3rt.restore(pipe) first"
             )
+
+
+def _refuse_running(pipe: Any) -> None:
+    if pipeline_call(pipe) is not None:
+        raise StateError(
+            "pipe must not be running, got a call from inside its own, such as a callback's; accelerate and restore "
+            "between calls"
+        )
+
+
+def _refuse_wrapped(name: str, component: Any) -> None:
+    """A twin inside a module of another library could be called, and restored, by nobody."""
+    if not isinstance(component, torch.nn.Module) or _session_behind(component) is not None:
+        return
+    if any(session_of(module) is not None for module in component.modules()):
+        raise StateError(
+            f"the {name} of an accelerated pipeline must not be wrapped, got {type(component).__name__} around it; put "
+            f"pipe.{name} back as it was after rapid3rt.accelerate, restore, and wrap it then"
+        )
 
 
 def device_of(pipe: Any) -> torch.device:

@@ -155,7 +155,7 @@ def _steps(pipe: Any) -> list[str]:
 
 def _sparsity(pipe: Any) -> list[str]:
     adapter, transformer = find_adapter(pipe), pipe.transformer
-    if reason := adapter.dense_only(transformer):
+    if reason := adapter.dense_only(transformer, {}):
         return [f"levels run dense: {reason}"]
     layers, processors = len(adapter.stock_attention(transformer)), len(transformer.attn_processors)
     texts = [f"levels act on {layers} attention layers, for each image its own"]

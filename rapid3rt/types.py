@@ -44,7 +44,8 @@ class Run:
     next grid point. resolution: image tokens as (rows, columns). model: an id of the model, block_size: (query, key)
     tile of the sparse kernel, attention: "exact" or "fast"; a replay compares them with its trace where they are known.
     scheduler: class name of one that steps all images by itself (then sigmas need not fall strictly nor end at 0), None
-    where steps are per image. guidance: the pipeline's guidance scale, None where it has none.
+    where steps are per image. guidance: the pipeline's guidance scale, None where it has none. extra_guidance: of what
+    guides besides (true CFG beside a guidance embedding or alone, perturbed attention), None where nothing does.
     """
 
     images: int
@@ -61,6 +62,7 @@ class Run:
     block_size: tuple[int, int] | None = None
     scheduler: str | None = None
     guidance: float | None = None
+    extra_guidance: float | None = None
     attention: str | None = None
 
 

@@ -6,13 +6,17 @@ Shape letters: B images, R rows (image x guidance branch), A active rows, I imag
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from rapid3rt.errors import UnsupportedError
+
+IMAGE_PROMPTS = "ip_adapter_image_embeds"
+MASKED = "an attention mask goes to every layer"
 Widths = tuple[tuple[str, str], ...]  # names of arguments, each with an option of the configuration
 
 
@@ -76,6 +80,12 @@ class Adapter(Protocol):
         UnsupportedError: an unknown layout, or a call that the pipeline does not make.
         """
 
+    def extra_guidance(self, pipe: Any, arguments: Mapping[str, Any]) -> float | None:
+        """Scale of what guides this call besides `pipe.guidance_scale`; None where nothing does.
+
+        arguments: the locals of the pipeline's call.
+        """
+
     def mu(self, arguments: Mapping[str, Any], mu: float | None, steps: int) -> float | None:
         """What the pipeline would pass as `mu` for another number of steps. arguments: the locals of its call."""
 
@@ -128,8 +138,10 @@ class Adapter(Protocol):
     def stock_attention(self, transformer: Any) -> list[Any]:
         """Attention modules that sparse levels act on: those with the stock processor and separate projections."""
 
-    def dense_only(self, transformer: Any) -> str | None:
-        """Why sparse levels must run dense on this transformer; None where they need not."""
+    def dense_only(self, transformer: Any, kwargs: Mapping[str, Any]) -> str | None:
+        """Why sparse levels must run dense on this transformer in a call with these arguments, empty where no call is
+        meant; None where they need not.
+        """
 
     def sparse_attention(
         self, transformer: Any, kwargs: Mapping[str, Any], rows: SparseRows
@@ -137,9 +149,47 @@ class Adapter(Protocol):
         """Exchange the stock attention processors while the context is open; others stay dense."""
 
 
+def is_model(transformer: Any, model: type, forward: Callable[..., Any]) -> bool:
+    """Whether a transformer is of a class of diffusers. forward: what that class had when it was imported here.
+
+    UnsupportedError: it is, but with another forward, of a subclass or patched in; ours would go past it.
+    """
+    if not isinstance(transformer, model):
+        return False
+    got: Any = type(transformer).forward  # type: ignore[attr-defined]
+    if got is not forward or got.__module__ != model.__module__:
+        raise UnsupportedError(
+            f"the transformer's forward must be {model.__name__}'s own, whose blocks are run one by one here, "
+            f"got {got.__module__}.{got.__qualname__}"
+        )
+    return True
+
+
 def take(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     """Some rows of a tensor; None: the tensor itself."""
     return x if rows is None else x.index_select(0, rows)
+
+
+def take_entries(
+    entries: Mapping[str, Any] | None, rows: torch.Tensor | None, total: int
+) -> dict[str, Any] | None:
+    """`take` for every tensor that holds one entry for each of `total` rows, such as an attention mask.
+
+    Image prompts are left to `take_nested`: they may be lists.
+    """
+    if entries is None:
+        return None
+    own = {
+        name: take(x, rows)
+        for name, x in entries.items()
+        if isinstance(x, torch.Tensor) and x.shape[:1] == (total,) and name != IMAGE_PROMPTS
+    }
+    return {**entries, **own}
+
+
+def has_mask(entries: Mapping[str, Any] | None) -> bool:
+    """Whether the arguments of attention hold a mask, which our processors do not take."""
+    return entries is not None and entries.get("attention_mask") is not None
 
 
 def take_nested(x: Any, rows: torch.Tensor | None, total: int) -> Any:

@@ -20,9 +20,23 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 
 from rapid3rt.adapters.attention import NOT_STOCK, SparseProcessor, attend, exchanged_processors
-from rapid3rt.adapters.base import ControlNetLayout, Embedded, SparseRows, Widths, take, take_nested
+from rapid3rt.adapters.base import (
+    IMAGE_PROMPTS,
+    MASKED,
+    ControlNetLayout,
+    Embedded,
+    SparseRows,
+    Widths,
+    has_mask,
+    is_model,
+    take,
+    take_entries,
+    take_nested,
+)
 from rapid3rt.adapters.packed import PackedAdapter
 from rapid3rt.errors import UnsupportedError
+
+_FORWARD = FluxTransformer2DModel.forward
 
 
 class FluxAdapter(PackedAdapter):
@@ -47,7 +61,7 @@ class FluxAdapter(PackedAdapter):
 
     def supports(self, transformer: Any) -> bool:
         """Whether the transformer is a FLUX.1 one."""
-        return isinstance(transformer, FluxTransformer2DModel)
+        return is_model(transformer, FluxTransformer2DModel, _FORWARD)
 
     def is_few_step(self, pipe: Any) -> bool:
         """Of the models of this class, schnell alone has no guidance embedding."""
@@ -86,11 +100,11 @@ class FluxAdapter(PackedAdapter):
         image = embedded.image
         text = transformer.context_embedder(take(kwargs["encoder_hidden_states"], rows))
         ids = torch.cat((plane(kwargs["txt_ids"]), plane(kwargs["img_ids"])))
-        attention_kwargs = kwargs.get(self.attention_kwargs)
-        if attention_kwargs is not None and "ip_adapter_image_embeds" in attention_kwargs:
-            attention_kwargs = dict(attention_kwargs)
-            embeds = attention_kwargs.pop("ip_adapter_image_embeds")
-            embeds = take_nested(embeds, rows, len(kwargs["hidden_states"]))
+        total = len(kwargs["hidden_states"])
+        attention_kwargs = take_entries(kwargs.get(self.attention_kwargs), rows, total)
+        if attention_kwargs is not None and IMAGE_PROMPTS in attention_kwargs:
+            embeds = attention_kwargs.pop(IMAGE_PROMPTS)
+            embeds = take_nested(embeds, rows, total)
             attention_kwargs["ip_hidden_states"] = transformer.encoder_hid_proj(embeds)
         positions = transformer.pos_embed(ids)
         double, single = (kwargs.get(name) for name in self.controlnet.outputs)
@@ -128,8 +142,10 @@ class FluxAdapter(PackedAdapter):
             if type(block.attn.processor) is FluxAttnProcessor and not block.attn.fused_projections
         ]
 
-    def dense_only(self, transformer: Any) -> str | None:
+    def dense_only(self, transformer: Any, kwargs: Mapping[str, Any]) -> str | None:
         """Fused projections, IP-adapter and PAG bring processors of their own, or none we can stand in for."""
+        if has_mask(kwargs.get(self.attention_kwargs)):
+            return MASKED
         return None if self.stock_attention(transformer) else NOT_STOCK
 
     def sparse_attention(

@@ -23,10 +23,22 @@ from diffusers.models.transformers.transformer_flux2 import (
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
 from rapid3rt.adapters.attention import NOT_STOCK, SparseProcessor, attend, exchanged_processors
-from rapid3rt.adapters.base import NO_CONTROLNET, Embedded, SparseRows, Widths, take
+from rapid3rt.adapters.base import (
+    MASKED,
+    NO_CONTROLNET,
+    Embedded,
+    SparseRows,
+    Widths,
+    has_mask,
+    is_model,
+    take,
+    take_entries,
+)
 from rapid3rt.adapters.flux import SparseFluxProcessor, dense_attention, noise_grid, plane
 from rapid3rt.adapters.packed import PackedAdapter
 from rapid3rt.errors import UnsupportedError
+
+_FORWARD = Flux2Transformer2DModel.forward
 
 
 class Flux2Adapter(PackedAdapter):
@@ -39,7 +51,7 @@ class Flux2Adapter(PackedAdapter):
 
     def supports(self, transformer: Any) -> bool:
         """Whether the transformer is a FLUX.2 one."""
-        return isinstance(transformer, Flux2Transformer2DModel)
+        return is_model(transformer, Flux2Transformer2DModel, _FORWARD)
 
     def branches(
         self, pipe: Any, call: int, kwargs: Mapping[str, Any], arguments: Mapping[str, Any]
@@ -95,7 +107,9 @@ class Flux2Adapter(PackedAdapter):
         ids = (transformer.pos_embed(plane(kwargs[name])) for name in ("txt_ids", "img_ids"))
         shared = {
             "image_rotary_emb": tuple(torch.cat(pair) for pair in zip(*ids, strict=True)),
-            "joint_attention_kwargs": kwargs.get(self.attention_kwargs),
+            "joint_attention_kwargs": take_entries(
+                kwargs.get(self.attention_kwargs), rows, len(kwargs["hidden_states"])
+            ),
         }
         modulation = {
             "temb_mod_img": transformer.double_stream_modulation_img(temb),
@@ -129,8 +143,10 @@ class Flux2Adapter(PackedAdapter):
             and not getattr(block.attn, "fused_projections", False)
         ]
 
-    def dense_only(self, transformer: Any) -> str | None:
+    def dense_only(self, transformer: Any, kwargs: Mapping[str, Any]) -> str | None:
         """Fused projections and the processors of the key-value cache are none we can stand in for."""
+        if has_mask(kwargs.get(self.attention_kwargs)):
+            return MASKED
         return None if self.stock_attention(transformer) else NOT_STOCK
 
     def sparse_attention(

@@ -27,6 +27,11 @@ class PackedAdapter:
             )
         return (calls[call],)
 
+    def extra_guidance(self, pipe: Any, arguments: Mapping[str, Any]) -> float | None:
+        """True CFG, which has a scale of its own but on FLUX.2."""
+        scale = arguments.get("true_cfg_scale") if _is_guided(pipe, arguments) else None
+        return None if scale is None else float(scale)
+
     def mu(self, arguments: Mapping[str, Any], mu: float | None, steps: int) -> float | None:
         """The pipelines shift by the size of the image alone."""
         return mu

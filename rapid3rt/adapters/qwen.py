@@ -32,12 +32,24 @@ from rapid3rt.adapters.attention import (
     block_sparse,
     exchanged_processors,
 )
-from rapid3rt.adapters.base import ControlNetLayout, Embedded, SparseRows, Widths, take
+from rapid3rt.adapters.base import (
+    MASKED,
+    ControlNetLayout,
+    Embedded,
+    SparseRows,
+    Widths,
+    has_mask,
+    is_model,
+    take,
+    take_entries,
+)
 from rapid3rt.adapters.packed import PackedAdapter
 from rapid3rt.errors import UnsupportedError
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 Tokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # image, text, which text is there
+
+_FORWARD = QwenImageTransformer2DModel.forward
 
 
 class QwenAdapter(PackedAdapter):
@@ -59,7 +71,7 @@ class QwenAdapter(PackedAdapter):
 
     def supports(self, transformer: Any) -> bool:
         """Whether the transformer is a Qwen-Image one; layered images and guidance embeddings are refused."""
-        if not isinstance(transformer, QwenImageTransformer2DModel):
+        if not is_model(transformer, QwenImageTransformer2DModel, _FORWARD):
             return False
         for option in ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope"):
             if transformer.config.get(option):
@@ -115,6 +127,8 @@ class QwenAdapter(PackedAdapter):
             text, None if mask is None else take(mask, rows)
         )
         positions = transformer.pos_embed([shapes], max_txt_seq_len=num_text, device=image.device)
+        total = len(kwargs["hidden_states"])
+        attention_kwargs = take_entries(kwargs.get(self.attention_kwargs), rows, total)
         blocks, control = transformer.transformer_blocks, kwargs.get("controlnet_block_samples")
         for i, block in enumerate(blocks):
             text, image = block(
@@ -123,7 +137,7 @@ class QwenAdapter(PackedAdapter):
                 encoder_hidden_states_mask=mask,
                 temb=temb,
                 image_rotary_emb=positions,
-                joint_attention_kwargs=kwargs.get(self.attention_kwargs),
+                joint_attention_kwargs=attention_kwargs,
                 modulate_index=is_reference,
             )
             if control is not None:
@@ -146,8 +160,10 @@ class QwenAdapter(PackedAdapter):
             if type(block.attn.processor) is QwenDoubleStreamAttnProcessor2_0
         ]
 
-    def dense_only(self, transformer: Any) -> str | None:
+    def dense_only(self, transformer: Any, kwargs: Mapping[str, Any]) -> str | None:
         """Other processors are none we can stand in for."""
+        if has_mask(kwargs.get(self.attention_kwargs)):
+            return MASKED
         return None if self.stock_attention(transformer) else NOT_STOCK
 
     def sparse_attention(

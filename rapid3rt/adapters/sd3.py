@@ -21,10 +21,22 @@ from diffusers.models.attention_processor import (
 )
 
 from rapid3rt.adapters.attention import NOT_STOCK, SparseProcessor, attend, exchanged_processors
-from rapid3rt.adapters.base import ControlNetLayout, Embedded, SparseRows, Widths, take, take_nested
+from rapid3rt.adapters.base import (
+    IMAGE_PROMPTS,
+    ControlNetLayout,
+    Embedded,
+    SparseRows,
+    Widths,
+    is_model,
+    take,
+    take_entries,
+    take_nested,
+)
 from rapid3rt.errors import UnsupportedError
 
 _PERTURBING = (PAGCFGJointAttnProcessor2_0, PAGJointAttnProcessor2_0)
+
+_FORWARD = SD3Transformer2DModel.forward
 
 
 class SD3Adapter:
@@ -45,7 +57,7 @@ class SD3Adapter:
 
     def supports(self, transformer: Any) -> bool:
         """Whether the transformer is an SD3 one."""
-        return isinstance(transformer, SD3Transformer2DModel)
+        return is_model(transformer, SD3Transformer2DModel, _FORWARD)
 
     def branches(
         self, pipe: Any, call: int, kwargs: Mapping[str, Any], arguments: Mapping[str, Any]
@@ -62,6 +74,11 @@ class SD3Adapter:
             f"transformer call {call} of a tick (skip_layers={skip_layers}) has a guidance layout that is not known; "
             "use rapid3rt.restore(pipe) for this pipeline"
         )
+
+    def extra_guidance(self, pipe: Any, arguments: Mapping[str, Any]) -> float | None:
+        """Perturbed attention."""
+        perturbs = getattr(pipe, "do_perturbed_attention_guidance", False)
+        return float(pipe.pag_scale) if perturbs else None
 
     def mu(self, arguments: Mapping[str, Any], mu: float | None, steps: int) -> float | None:
         """The pipelines shift by the size of the image alone."""
@@ -134,11 +151,11 @@ class SD3Adapter:
             embedded.image,
             transformer.context_embedder(take(kwargs["encoder_hidden_states"], rows)),
         )
-        attention_kwargs = kwargs.get(self.attention_kwargs)
-        if attention_kwargs is not None and "ip_adapter_image_embeds" in attention_kwargs:
-            attention_kwargs = dict(attention_kwargs)
-            embeds = attention_kwargs.pop("ip_adapter_image_embeds")
-            embeds = take_nested(embeds, rows, len(kwargs["hidden_states"]))
+        total = len(kwargs["hidden_states"])
+        attention_kwargs = take_entries(kwargs.get(self.attention_kwargs), rows, total)
+        if attention_kwargs is not None and IMAGE_PROMPTS in attention_kwargs:
+            embeds = attention_kwargs.pop(IMAGE_PROMPTS)
+            embeds = take_nested(embeds, rows, total)
             tokens, ip_temb = transformer.image_proj(embeds, timestep)
             attention_kwargs |= {"ip_hidden_states": tokens, "temb": ip_temb}
         skip_layers = kwargs.get("skip_layers") or ()
@@ -176,7 +193,7 @@ class SD3Adapter:
             if module is not None and type(module.processor) is JointAttnProcessor2_0
         ]
 
-    def dense_only(self, transformer: Any) -> str | None:
+    def dense_only(self, transformer: Any, kwargs: Mapping[str, Any]) -> str | None:
         """Fused projections and IP-adapter bring processors of their own; those of PAG count on the rows' order."""
         if any(isinstance(p, _PERTURBING) for p in transformer.attn_processors.values()):
             return "perturbed-attention guidance splits the batch by the order of its rows"

@@ -111,13 +111,18 @@ def family_grid(family: WarpFamily, k: int) -> Grid:
 
 
 def _fit_of(bench: Bench, tables: Mapping[int, tuple[Row, ...]]) -> Fit:
-    tokens, guidance = bench.remember("tokens and guidance", partial(_probe, bench))
-    return Fit(weights=tuple(tables.items()), tokens=int(tokens), guidance=guidance)
+    tokens, guidance, extra = bench.remember("tokens and scales", partial(_probe, bench))
+    return Fit(
+        weights=tuple(tables.items()),
+        tokens=int(tokens),
+        guidance=guidance,
+        extra_guidance=extra,
+    )
 
 
 def _probe(bench: Bench) -> list[Any]:
     run = bench.probe()
-    return [math.prod(run.resolution), run.guidance]
+    return [math.prod(run.resolution), run.guidance, run.extra_guidance]
 
 
 # Gauss-Newton --------------------------------------------------------------------------------------------------------

@@ -31,13 +31,14 @@ Row = tuple[float, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """weights: k, rising, and k rows of `NUM_WEIGHTS`. tokens: of an image, guidance: scale, None for none, of the runs
-    that they were fitted on.
+    """weights: k, rising, and k rows of `NUM_WEIGHTS`. tokens: of an image, guidance, extra_guidance: scales as `Run`
+    has them, of the runs that they were fitted on.
     """
 
     weights: tuple[tuple[int, tuple[Row, ...]], ...]
     tokens: int
     guidance: float | None = None
+    extra_guidance: float | None = None
 
     def rows(self, k: int) -> tuple[Row, ...] | None:
         """Weights of the k evaluations of an image; None below the k that were fitted.
@@ -66,11 +67,11 @@ class Fit:
             return f"a start at sigma {run.sigmas[0]:.3g}, not 1"
         if not _is_near(run.shift, shift):
             return f"shift {run.shift:.4g}, not {shift:.4g}"
-        if not _is_near(run.guidance, self.guidance):
-            given, known = (
-                "none" if x is None else f"{x:g}" for x in (run.guidance, self.guidance)
-            )
-            return f"guidance {given}, not {known}"
+        for what in ("guidance", "extra_guidance"):
+            scales = getattr(run, what), getattr(self, what)
+            if not _is_near(*scales):
+                given, known = ("none" if x is None else f"{x:g}" for x in scales)
+                return f"{what.replace('_', ' ')} {given}, not {known}"
         return None
 
 

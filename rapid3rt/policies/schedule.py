@@ -11,7 +11,8 @@ order is 3, fitted: sigma is where the tick starts; it steps to the sigma of the
 (interior `[u, w]` of a monotone warp w; phi*(u) = phi(w(u)) and the grid of k evaluations is phi*(1
 - j / k)), `error_profile` (null, or `[u, value]` for `controller`: the mean over images of
 `controller.local_error`), `allocation` (null, or `table`, `dial` and `guidance` of `allocation.Allocation`),
-`fit` (null, or `tokens`, `guidance` and `weights` of `fitted.Fit`, a list of `{k, rows}`), `provenance`.
+`fit` (null, or `tokens`, `guidance`, `extra_guidance` and `weights` of `fitted.Fit`, a list of `{k, rows}`),
+`provenance`.
 
 Anything else is one `ValueError` that names file and field.
 """
@@ -249,7 +250,12 @@ def _fit_as_json(fit: Fit | None) -> dict[str, Any] | None:
     if fit is None:
         return None
     weights = [{"k": k, "rows": [list(row) for row in rows]} for k, rows in fit.weights]
-    return {"tokens": fit.tokens, "guidance": fit.guidance, "weights": weights}
+    return {
+        "tokens": fit.tokens,
+        "guidance": fit.guidance,
+        "extra_guidance": fit.extra_guidance,
+        "weights": weights,
+    }
 
 
 def _read_fit(fields: Fields) -> Fit | None:
@@ -265,7 +271,16 @@ def _read_fit(fields: Fields) -> Fit | None:
     if not tables or any(a >= b for (a, _), (b, _) in itertools.pairwise(tables)):
         entry.fail("weights", "be tables of rising k, at least one", [k for k, _ in tables])
     guidance = None if entry.get("guidance") is None else entry.number("guidance", 0.0)
-    return Fit(weights=tuple(tables), tokens=entry.integer("tokens", 1), guidance=guidance)
+    # Files of older versions do not say: they were fitted without.
+    extra = (
+        None if entry.data.get("extra_guidance") is None else entry.number("extra_guidance", 0.0)
+    )
+    return Fit(
+        weights=tuple(tables),
+        tokens=entry.integer("tokens", 1),
+        guidance=guidance,
+        extra_guidance=extra,
+    )
 
 
 class FixedSchedule:

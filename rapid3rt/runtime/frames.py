@@ -56,6 +56,14 @@ def counts_in_ticks(frame: FrameType) -> bool:
     )
 
 
+def is_watched(frame: FrameType) -> bool:
+    """Whether a callback that is a plain function, which may count steps or not, is told every tick."""
+    callback = frame.f_locals.get("callback_on_step_end")
+    return callback is not None and not isinstance(
+        callback, PipelineCallback | MultiPipelineCallbacks
+    )
+
+
 def _as_list(value: Any) -> list[Any]:
     """One number for all nets, or one for each; none where the pipeline has no such argument."""
     if value is None:

@@ -10,7 +10,9 @@ and adapters by protocol only.
 from __future__ import annotations
 
 import math
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -48,6 +50,14 @@ _FOREIGN_CALL = (
 )
 
 
+_OTHER_THREAD = (
+    "pipe must be called by one thread at a time, got a second call before the first one had ended; give each thread a "
+    "pipeline of its own: pipe = type(pipe).from_pipe(pipe), before rapid3rt.accelerate"
+)
+_DRIVEN: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
+"""Id of a policy to the session that let it begin last: a policy remembers one run."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
     """What drives one run. reuses: whether residuals must be kept.
@@ -67,7 +77,8 @@ class Grid:
     """The scheduler's side of a run. ticks: loop iterations; sigmas, timesteps: the grid that images walk.
 
     stay_on_grid: something counts in ticks. time_scale: timestep over sigma, off the grid. scheduler: class name of one
-    that steps all images by itself, None where each image steps on its own.
+    that steps all images by itself, None where each image steps on its own. watched: a callback of the user's own sees
+    every tick.
     """
 
     ticks: int
@@ -78,6 +89,7 @@ class Grid:
     grid_steps: int | None
     time_scale: float = 1000.0
     scheduler: str | None = None
+    watched: bool = False
 
     @property
     def why_stay(self) -> str:
@@ -133,6 +145,7 @@ class _RunState:
     resolution: tuple[int, int] = (0, 0)
     block: int = 0
     output: tuple[int, ...] = ()
+    thread: int = field(default_factory=threading.get_ident)
 
     @property
     def last_tick(self) -> bool:
@@ -180,6 +193,16 @@ class Session:
                 f"policy {choice.name!r} sets the order of the step, but {grid.why_stay}; leave the order away"
             )
         self._state = _RunState(choice=choice, grid=grid)
+        if grid.watched and (leaves_grid or regrids):
+            self._state.notes = (
+                "callback_on_step_end is called at every tick of the loop, when images may be at steps of their own or "
+                "done: what it does at a certain step may come too late",
+            )
+
+    @property
+    def begins(self) -> bool:
+        """Whether a run has begun whose images nobody has seen."""
+        return self._state is not None and self._state.images is None
 
     def discard(self) -> None:
         """Forget the run before, whether it ended or not."""
@@ -209,7 +232,8 @@ class Session:
         try:
             yield
         except BaseException:
-            if self._state is not None and self._is_own(is_called=True):
+            if self._has_run(is_called=True):
+                assert self._state is not None
                 self._state.ended = True
                 self._release(self._state)
             raise
@@ -232,7 +256,7 @@ class Session:
         deferred_call(kwargs, self.adapter.controlnet.outputs)
         hidden: torch.Tensor = kwargs["hidden_states"]
         if run.images is None:
-            self._start_images(run, transformer, kwargs, len(hidden), branches)
+            self._start_images(run, transformer, kwargs, len(hidden), branches, frame.f_locals)
         if len(hidden) != run.num_images * len(branches):
             raise StateError(
                 f"hidden_states must have {run.num_images} images x {len(branches)} branches "
@@ -292,7 +316,12 @@ class Session:
         kwargs: Mapping[str, Any],
         rows: int,
         branches: tuple[str, ...],
+        arguments: Mapping[str, Any],
     ) -> None:
+        if hasattr(self.pipe.transformer, "_orig_mod"):
+            raise UnsupportedError(
+                "compiling the whole transformer hides its blocks; compile them instead, block by block"
+            )
         if rows % len(branches):
             raise UnsupportedError(
                 f"{rows} rows cannot be {len(branches)} guidance branches ({', '.join(branches)})"
@@ -310,7 +339,7 @@ class Session:
             -(-math.prod(run.resolution) // run.block),
         )
         ticks = run.grid.ticks - run.begin
-        run.budget, run.notes = run.choice.limit(ticks)
+        run.budget, notes = run.choice.limit(ticks)
         run.run = Run(
             images=run.num_images,
             ticks=ticks,
@@ -324,13 +353,15 @@ class Session:
             stay_on_grid=bool(run.grid.why_stay),
             scheduler=run.grid.scheduler,
             guidance=_guidance(self.pipe),
+            extra_guidance=self.adapter.extra_guidance(self.pipe, arguments),
             model=self.model,
             block_size=(run.block, run.block),
             attention=self.executor.attention,
         )
         run.started = time.perf_counter()
         run.choice.policy.begin(run.run)
-        run.notes += tuple(getattr(run.choice.policy, "notes", ()))
+        _DRIVEN[id(run.choice.policy)] = self
+        run.notes = (*notes, *run.notes, *getattr(run.choice.policy, "notes", ()))
 
     def _active_rows(
         self, known: list[int] | None, images: int, branches: int, device: torch.device
@@ -382,7 +413,7 @@ class Session:
                 f"action of policy {run.choice.name!r} for image {image} must be 0 (compute), since the policy says "
                 "reuses = False, got 1 (reuse)"
             )
-        if any(run.plan.level) and (reason := self.adapter.dense_only(transformer)):
+        if any(run.plan.level) and (reason := self.adapter.dense_only(transformer, kwargs)):
             run.plan = replace(run.plan, level=(0,) * run.num_images)
             note = f"sparse levels ran dense: {reason}"
             run.notes += () if note in run.notes else (note,)
@@ -524,11 +555,22 @@ class Session:
 
     def _require_run(self, what: str = "transformer", is_called: bool = False) -> _RunState:
         """The run that goes on. is_called: where the pipeline's own call must be the innermost one too."""
-        if self._state is None or self._state.ended or not self._is_own(is_called):
+        run = self._state
+        if run is not None and not run.ended and run.thread != threading.get_ident():
+            raise StateError(_OTHER_THREAD)
+        if run is None or run.ended or not self._has_run(is_called):
             raise StateError(_FOREIGN_CALL.format(what))
-        return self._state
+        if run.images is not None and _DRIVEN.get(id(run.choice.policy)) is not self:
+            raise StateError(
+                f"policy {run.choice.name!r} must serve one run at a time, got begun by another pipeline meanwhile; "
+                "give each pipeline a policy object of its own"
+            )
+        return run
 
-    def _is_own(self, is_called: bool) -> bool:
+    def _has_run(self, is_called: bool) -> bool:
+        """Whether there is a run of this thread's, and this pipeline still is what it began with."""
+        if self._state is None or self._state.thread != threading.get_ident():
+            return False
         own = self.pipe is not None and self.pipe.scheduler is self.scheduler
         return own and not (is_called and pipeline_call(self.pipe) is None)
 

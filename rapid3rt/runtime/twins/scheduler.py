@@ -21,10 +21,15 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 )
 
 from rapid3rt.errors import UnsupportedError, check_count
-from rapid3rt.runtime.frames import counts_in_ticks, own_call, pipeline_call
+from rapid3rt.runtime.frames import counts_in_ticks, is_watched, own_call, pipeline_call
 from rapid3rt.runtime.session import Grid, Session
 from rapid3rt.runtime.twins.base import real_class, twin_class
 from rapid3rt.runtime.twins.lockstep import LOCKSTEP, make_lockstep_twin
+
+_STEP, _SCALE_NOISE = (
+    FlowMatchEulerDiscreteScheduler.step,
+    FlowMatchEulerDiscreteScheduler.scale_noise,
+)
 
 
 def make_scheduler_twin(real: Any, session: Session) -> Any:
@@ -59,6 +64,14 @@ def check_scheduler(real: Any) -> None:
             f"scheduler must be a FlowMatchEulerDiscreteScheduler or one of {others}, got {type(real).__name__}; "
             "set pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config) first"
         )
+    if steps_per_image(real):
+        for name, own in (("step", _STEP), ("scale_noise", _SCALE_NOISE)):
+            # On the instance, or of a class of the user's: ours would go past it.
+            if name in vars(real) or getattr(real_class(real), name) is not own:
+                raise UnsupportedError(
+                    f"the scheduler's {name} must be FlowMatchEulerDiscreteScheduler's own, which moves every image by "
+                    f"itself here, got another one in {type(real).__name__}"
+                )
     if real.config.get("invert_sigmas"):
         raise UnsupportedError(
             "scheduler option invert_sigmas must be off, got True; set pipe.scheduler = "
@@ -81,7 +94,9 @@ def set_timesteps(
     _check_falls("sigmas", sigmas)
     _check_falls("timesteps", timesteps)
     real: Any = real_class(self)
-    real.set_timesteps(self, num_inference_steps, device, sigmas, mu, timesteps)
+    real.set_timesteps(
+        self, num_inference_steps, device=device, sigmas=sigmas, mu=mu, timesteps=timesteps
+    )
     ticks = len(self.timesteps)
     choice = session.choose(ticks)
     steps = getattr(choice.policy, "grid_steps", None)
@@ -105,7 +120,7 @@ def set_timesteps(
         grid = copy.copy(self)
         own = None if sigmas is None else np.linspace(1.0, 1 / steps, steps)
         mu = session.adapter.mu(frame.f_locals, mu, steps)
-        real.set_timesteps(grid, steps, device, own, mu, None)
+        real.set_timesteps(grid, steps, device=device, sigmas=own, mu=mu)
         shift = _shift(self, mu)
     session.begin(
         choice,
@@ -117,6 +132,7 @@ def set_timesteps(
             stay_on_grid=counts_in_ticks(frame),
             grid_steps=steps,
             time_scale=float(self.config.num_train_timesteps),
+            watched=is_watched(frame),
         ),
     )
 

@@ -27,6 +27,16 @@ _LOCKS: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.We
 """One lock per real transformer: two pipelines that share it must not open their windows at once."""
 
 
+_SKIPS_BLOCKS = (
+    "the transformer's {} would skip blocks behind the plan, for the whole batch at once; {} first"
+)
+_CACHING = (
+    *("fbc_", "mag_cache_", "sea_cache_", "faster_cache_", "pyramid_attention_broadcast"),
+    *("taylorseer_cache", "text_kv_cache_"),
+)
+"""How the names of diffusers' caching hooks begin, which their functions leave on blocks and attention modules."""
+
+
 class ForwardSession(Protocol):
     """What the twin needs of a session."""
 
@@ -35,6 +45,10 @@ class ForwardSession(Protocol):
 
     def guard(self) -> AbstractContextManager[None]:
         """Around a whole call, hooks included: one that fails ends the run."""
+
+    @property
+    def begins(self) -> bool:
+        """Whether the run that goes on has not called the transformer yet."""
 
 
 def make_transformer_twin(
@@ -56,7 +70,9 @@ def _call_with(
 ) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         with session.guard():
-            check_transformer(self)
+            _check_own(self)
+            if session.begins:
+                check_transformer(self)
             with lock, _window(self, session, attention_kwargs):
                 return torch.nn.Module.__call__(self, *args, **kwargs)
 
@@ -64,17 +80,25 @@ def _call_with(
 
 
 def check_transformer(transformer: Any) -> None:
-    """Refuse what stands between us and the blocks.
+    """Refuse what stands between us and the blocks, or skips some of them by itself.
 
     Raises
     ------
-    UnsupportedError: the whole transformer was compiled in place, or a cache of diffusers is enabled on it.
+    UnsupportedError: the whole transformer was compiled, its forward exchanged, or a cache is enabled on it.
     """
+    _check_own(transformer)
+    for module in transformer.modules():
+        hooks = getattr(module.__dict__.get("_diffusers_hook"), "hooks", ())
+        if caching := next((name for name in hooks if name.startswith(_CACHING)), None):
+            raise UnsupportedError(_SKIPS_BLOCKS.format(f"hook {caching!r}", "remove that hook"))
+    _innermost_slot(transformer, real_class(transformer).forward)  # type: ignore[attr-defined]
+
+
+def _check_own(transformer: Any) -> None:
+    """The part that costs nothing."""
     if getattr(transformer, "is_cache_enabled", False):
-        raise UnsupportedError(
-            "the transformer's own cache would skip blocks behind the plan, for the whole batch at once; "
-            "call pipe.transformer.disable_cache() first"
-        )
+        call = "call pipe.transformer.disable_cache()"
+        raise UnsupportedError(_SKIPS_BLOCKS.format("own cache", call))
     if transformer._compiled_call_impl is None:
         return
     # diffusers knows the repeated blocks of some families only; SD3 is not among them.
@@ -116,8 +140,8 @@ def _innermost_slot(module: Any, own: Any) -> tuple[Callable[[], Any], Callable[
     if "forward" not in attributes:
         return (lambda: None), partial(attributes.__setitem__, "forward")
     raise UnsupportedError(
-        "the transformer's forward has been replaced by something that does not keep the original; "
-        "undo that replacement, then call rapid3rt.accelerate again"
+        "the transformer's forward has been replaced by something that does not keep the original, such as a cache of "
+        "another library or a compiled function; undo that replacement, then call rapid3rt.accelerate again"
     )
 
 
