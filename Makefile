@@ -73,7 +73,7 @@ gpu-check: ## On a machine with a CUDA GPU: prove the kernels, offline (docs/cud
 # What a machine with torch and nvcc, but without a network, may lack: for its Python and Linux on x86-64.
 TARGET_PYTHON ?= 3.12
 OFFLINE := diffusers importlib-metadata zipp ninja pybind11 scikit-build-core packaging pathspec \
-	pytest iniconfig pluggy pygments hypothesis sortedcontainers
+	pytest iniconfig pluggy pygments hypothesis sortedcontainers tyro docstring-parser typeguard
 PLATFORMS := $(foreach n,28 17 12 5,manylinux_2_$(n)_x86_64) manylinux2014_x86_64 manylinux2010_x86_64 manylinux1_x86_64
 wheels-offline: cutlass ## Collect in wheels-offline/ what gpu-check needs on a machine without a network
 	rm -rf wheels-offline

@@ -237,19 +237,27 @@ def run(options: Any) -> dict[str, Any]:
     cases = [c for c in all_cases() if options.op in (None, c.op) and options.case in c.name]
     results: list[dict[str, Any]] = []
     not_measured: list[str] = []
+    failed: list[str] = []
     for case in cases:
         if time.monotonic() - began > options.seconds:
             not_measured.append(str(case))
             continue
-        results.append(measure(case, names, roofs))
+        try:
+            results.append(measure(case, names, roofs))
+        except (
+            Exception
+        ) as error:  # whatever a rival or a kernel does, the other cases are still measured
+            failed.append(f"{case}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            print(f"FAILED: {failed[-1]}", flush=True)
+            continue
         show(results[-1])
     for name in not_measured:
         print(f"NOT MEASURED, no time left: {name}")
-    return {"roofs": roofs, "results": results, "not_measured": not_measured}
+    return {"roofs": roofs, "results": results, "not_measured": not_measured, "failed": failed}
 
 
 def main() -> int:
-    """Run the bench; an exception where a result is wrong."""
+    """Run the bench; 1 where a case failed, also because a result is wrong."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -269,7 +277,7 @@ def main() -> int:
         found = run(options)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
-    return 0
+    return 1 if found["failed"] else 0
 
 
 if __name__ == "__main__":

@@ -22,9 +22,12 @@ from rapid3rt.errors import UnsupportedError
 from rapid3rt.testing.cases import CASES, DTYPES, REAL_CASES, Case, result_tensors
 
 
-def call(case: Case, arguments: tuple[Any, ...], device: torch.device) -> list[torch.Tensor]:
-    """The bytes of everything that a call on fresh inputs returns and writes."""
-    moved = [a.to(device, copy=True) if isinstance(a, torch.Tensor) else a for a in arguments]
+def call(case: Case, arguments: tuple[Any, ...]) -> list[torch.Tensor]:
+    """The bytes of everything that a call returns and writes. arguments: on the GPU; what it writes is copied first."""
+    moved = [
+        a.clone() if i in case.writes and isinstance(a, torch.Tensor) else a
+        for i, a in enumerate(arguments)
+    ]
     results = result_tensors(getattr(ops, case.op)(*moved, backend="native"))
     written = [moved[i] for i in case.writes if moved[i] is not None]
     return [t.contiguous().view(torch.uint8) for t in (*results, *written) if t.numel()]
@@ -32,13 +35,15 @@ def call(case: Case, arguments: tuple[Any, ...], device: torch.device) -> list[t
 
 def check_case(case: Case, dtype: torch.dtype, repeats: int, device: torch.device) -> str | None:
     """Raise AssertionError where two runs differ. Returns why the kernels refuse the case, None where they ran."""
-    arguments = case.arguments(dtype)
+    arguments = tuple(
+        a.to(device, copy=True) if isinstance(a, torch.Tensor) else a for a in case.arguments(dtype)
+    )
     try:
-        first = call(case, arguments, device)
+        first = call(case, arguments)
     except (ValueError, UnsupportedError) as error:
         return str(error)
     for i in range(1, repeats):
-        again = call(case, arguments, device)
+        again = call(case, arguments)
         same = all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
         assert same, f"{case} in {dtype}: run {i} differs from the first"
     return None

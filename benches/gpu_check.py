@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -54,7 +55,10 @@ def read_machine() -> dict[str, Any]:
     if facts["device"] is None:
         raise CheckError(f"torch {facts['torch']} of {sys.executable} sees no CUDA GPU")
     driver = ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    compiler = ask(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc", "--version")
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    beside = os.pathsep.join(f"{home}/bin" for home in (*homes, "/usr/local/cuda"))
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc", path=beside)
+    compiler = ask(nvcc or "nvcc", "--version")
     return {
         **facts,
         "driver": driver.partition("\n")[0],

@@ -45,10 +45,13 @@ def digest_sources(root: Path = ROOT) -> str:
 
 def commit_of(root: Path = ROOT) -> str:
     """Commit that is checked out, with -dirty where something tracked differs; empty without git."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-        cwd=root, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=root, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    except OSError:
+        return ""
     return done.stdout.strip()
 
 

@@ -362,6 +362,12 @@ CASES: tuple[Case, ...] = (
     *(_attention(geometry, 0.4) for geometry in _geometries((1, 3, 63, 65, 129, 239), 32)),
     *(_attention(geometry, 0.5, ragged=True) for geometry in _geometries((64, 127, 203), 64)),
     _attention(Heads(rows=1, heads=1, image=300, text=20, head_dim=128, block=128), 0.5),
+    _attention(
+        Heads(rows=1, heads=2, image=190, text=20, head_dim=64, block=128), 0.5, ragged=True
+    ),
+    _attention(
+        Heads(rows=1, heads=2, image=190, text=20, head_dim=128, block=64), 0.5, ragged=True
+    ),
     _attention_in_place(SMALL, 0.5),
     _attention_in_place(Heads(rows=3, heads=1, image=64, text=1, head_dim=64, block=64), 0.9),
 )

@@ -230,14 +230,20 @@ def basic(kind: str, images: Images) -> Arguments:
 
 
 def call(pipe: Any, arguments: Arguments, steps: int) -> torch.Tensor:
-    """Latents of one call, with floats in the pipeline's type."""
-    dtype = pipe.transformer.dtype
+    """Latents of one call, with floats in the pipeline's type and tensors where it is.
+
+    Embeddings that are given stay on their device in diffusers, so on a GPU they must be there; offloaded modules are
+    on the CPU and fetch what they need.
+    """
+    dtype, moves = pipe.transformer.dtype, pipe.device.type == "cuda"
 
     def cast(value: Any) -> Any:
         if isinstance(value, list):
             return [cast(item) for item in value]
-        floats = isinstance(value, torch.Tensor) and value.is_floating_point()
-        return value.to(dtype) if floats else value
+        if not isinstance(value, torch.Tensor):
+            return value
+        value = value.to(pipe.device) if moves else value
+        return value.to(dtype) if value.is_floating_point() else value
 
     torch.manual_seed(7)
     given = {name: cast(value) for name, value in arguments.items()}

@@ -80,10 +80,15 @@ def test_the_cases_of_all_backends(case: Case, dtype: torch.dtype) -> None:
     check(str(case), (*case.arguments(dtype)[:-1], True))
 
 
+# In float32 a shape takes four times as long to compile.
+ODD = [
+    (g, dtype) for g in GEOMETRIES for dtype in DTYPES if dtype in HALF or g in GEOMETRIES[2:5:2]
+]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize(("geometry", "dtype"), ODD, ids=str)
 def test_odd_sizes(geometry: Heads, dtype: torch.dtype, ragged: bool) -> None:
     check(str(geometry), make(geometry, dtype, ragged=ragged))
 
