@@ -110,6 +110,16 @@ AttentionParams sizes(int64_t rows, int64_t heads, int64_t len_q, int64_t len_kv
   return p;
 }
 
+void rows_behind_a_single_token_lie_where_it_does() {
+  AttentionParams p = sizes(1, 1, 1, 1, 64);
+  p.q_strides.token = p.k_strides.token = p.v_strides.token = 1;  // of a transposed column
+  const AttentionParams one = make_call(p, nullptr).params;
+  CHECK(one.q_strides.token == 0 && one.k_strides.token == 0 && one.v_strides.token == 0, "moved");
+  p.len_q = p.len_kv = 2;
+  const AttentionParams two = make_call(p, nullptr).params;
+  CHECK(two.q_strides.token == 1 && two.k_strides.token == 1, "strides of two tokens");
+}
+
 void work_ids_count_rows_heads_and_blocks() {
   AttentionParams p = sizes(2, 3, 300, 10, 128);
   std::vector<uint8_t> mode = {0, 1, 2, 2, 1, 0};
@@ -498,6 +508,7 @@ int main(int argc, char** argv) {
   rows_of_shared_memory_lie_in_all_banks<128>();
   moved_addresses_are_those_of_the_place<64>();
   moved_addresses_are_those_of_the_place<128>();
+  rows_behind_a_single_token_lie_where_it_does();
   work_ids_count_rows_heads_and_blocks();
   every_position_is_taken_once();
   a_walk_visits_the_listed_keys_that_exist<64>();

@@ -121,6 +121,16 @@ def test_no_rows_give_empty_results(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
+def test_lists_without_room_give_zero_and_minus_infinity(backend: str) -> None:
+    q = torch.randn(1, 2, 40, 64, generator=torch.Generator().manual_seed(0))
+    mode, count = torch.ones(1, 2, dtype=torch.uint8), torch.zeros(1, 2, 2, dtype=torch.int32)
+    lists = (mode, count, torch.empty(1, 2, 2, 0, dtype=torch.int32), None, None)
+    out, lse = ops.block_sparse_attention(q, q, q, *lists, 32, 32, 1.0, True, backend=backend)
+    assert not out.any()
+    assert (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("case", [case for case in CASES if case.writes], ids=str)
 def test_autograd_hears_of_what_is_written_in_place(case: Case, backend: str) -> None:
     arguments = clone_arguments(case.arguments(torch.float32))

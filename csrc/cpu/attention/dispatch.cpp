@@ -40,7 +40,7 @@ void check_lists(const AttentionParams& p, int64_t num_q, int64_t num_kv) {
                "mode must be 0 or 1 in the functional form, got 2 (skip) for row ", row, ", head ",
                head, "; use block_sparse_attention_");
       if (mode != kList) continue;
-      R3_CHECK(p.count != nullptr && p.index != nullptr,
+      R3_CHECK(p.count != nullptr && (p.index != nullptr || p.list_len == 0),
                "count and index must be given where a mode is 1, got none for row ", row, ", head ",
                head);
       for (int64_t block = 0; block < num_q; ++block) {

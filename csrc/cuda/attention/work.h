@@ -33,7 +33,11 @@ struct AttentionCall {
 R3_HOST_DEVICE int64_t ceil_div(int64_t n, int64_t step) { return (n + step - 1) / step; }
 
 // The smallest normal float stands for a scale of 0: -inf * 0 is NaN, and what is masked is -inf.
-R3_HOST_DEVICE AttentionCall make_call(const AttentionParams& p, uint32_t* counter) {
+// The stride of a single token may be any number, and rows behind it are addressed, though not
+// read.
+R3_HOST_DEVICE AttentionCall make_call(AttentionParams p, uint32_t* counter) {
+  if (p.len_q == 1) p.q_strides.token = 0;
+  if (p.len_kv == 1) p.k_strides.token = p.v_strides.token = 0;
   constexpr float kLog2E = 1.44269504f, kSmallest = 1.17549435e-38f;
   const int64_t num_q = ceil_div(p.len_q, p.block_q);
   const float scale = (p.scale < 0 ? -p.scale : p.scale) * kLog2E;
