@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +16,8 @@ try:
     from rich.table import Table
 except ImportError:
     sys.exit("the rapid3rt command needs the extra rapid3rt[cli]: pip install 'rapid3rt[cli]'")
+
+from rapid3rt.calibrate.command import load_pipeline, make_folder, read_prompts
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Diffusion Transformers, several times faster."
@@ -54,48 +55,13 @@ def _seed(value: int) -> int:
     return value
 
 
-def _make_folder(out: Path) -> None:
-    """Make a folder that can be written to, before any work is done for it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"--out must be a folder that can be written to, got {str(out)!r}: {error.strerror}"
-        ) from None
-
-
-def _read_prompts(path: Path) -> list[str]:
-    """A prompt per line of a text file; empty lines are none."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # Windows editors put a mark in front
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8, {error.reason}"
-        raise ValueError(
-            f"--prompts must be a text file in UTF-8, got {str(path)!r}: {reason}"
-        ) from None
-    # str.splitlines would also split at separators that belong to a prompt.
-    prompts = [line.strip() for line in text.split("\n") if line.strip()]
-    if not prompts:
-        raise ValueError(f"--prompts must hold at least one prompt, got an empty {str(path)!r}")
-    return prompts
-
-
 def _load(model: str) -> Any:
     """A bundled tiny pipeline by name, else a folder or hub id."""
     from rapid3rt.tiny import bundled_names, load_tiny
 
     if model in bundled_names():
         return load_tiny(model)
-    import torch
-    from diffusers import DiffusionPipeline
-
-    on_gpu = torch.cuda.is_available()
-    pipe = DiffusionPipeline.from_pretrained(
-        model, dtype=torch.bfloat16 if on_gpu else torch.float32
-    )
-    return pipe.to("cuda" if on_gpu else "cpu")
+    return load_pipeline(model)
 
 
 def _print_table(rows: list[list[str]], title: str) -> None:
@@ -128,7 +94,7 @@ def demo(
     from rapid3rt.tiny.rivals import find_solver
 
     find_solver(rival)
-    _make_folder(out)
+    make_folder(out)
     pipe = _load(model)
     pipe.set_progress_bar_config(disable=True)
     with Progress(
@@ -173,7 +139,7 @@ def generate(
 
     import rapid3rt
 
-    _make_folder(out)
+    make_folder(out)
     pipe = _load(model)
     rapid3rt.accelerate(pipe, policy, budget=budget, speed=speed)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
@@ -203,8 +169,8 @@ def calibrate(
     import rapid3rt
     from rapid3rt.calibrate import format_table
 
-    lines = _read_prompts(prompts)
-    _make_folder(out)
+    lines = read_prompts(prompts)
+    make_folder(out)
     folder = rapid3rt.calibrate(
         _load(model),
         lines,

@@ -267,3 +267,14 @@ def test_an_allocation_is_fitted_where_detail_tells_hard_images_and_only_there()
     alike = {k: torch.full((48,), float(k) ** -2) for k in (4, 6, 10, 14)}
     assert fit(_stops(hardness), alike) is None
     assert fit(_stops(hardness[:3]), {k: e[:3] for k, e in errors.items()}) is None
+
+
+def test_a_file_that_was_cut_off_is_made_again(pipe: Any, tmp_path: Path) -> None:
+    bench = Bench(pipe, PROMPTS, tmp_path, 8, 0, 2, dict(CALL), False)
+    made = bench.keep("x", lambda: {"a": torch.ones(3)})
+    path = tmp_path / "x.safetensors"
+    for content in (path.read_bytes()[:-4], b""):
+        path.write_bytes(content)
+        again = bench.keep("x", lambda: {"a": torch.ones(3)})
+        assert torch.equal(again["a"], made["a"])
+        assert bench.keep("x", lambda: pytest.fail("made again"))["a"].tolist() == [1.0] * 3

@@ -134,7 +134,7 @@ def test_a_number_without_a_meaning_is_refused_by_its_option(
 def test_a_prompt_is_a_line_whatever_wrote_the_file(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffa red circle\r\n\r\n one\u2028two \nlast".encode())
-    assert cli._read_prompts(path) == ["a red circle", "one\u2028two", "last"]
+    assert cli.read_prompts(path) == ["a red circle", "one\u2028two", "last"]
 
 
 @pytest.mark.parametrize(
@@ -157,6 +157,14 @@ def test_prompts_that_cannot_be_read_are_one_line_that_names_the_file(
 def test_a_folder_of_prompts_is_no_file(say: Any, tmp_path: Path) -> None:
     said = say("calibrate", "sd3", "--prompts", str(tmp_path), "--out", str(tmp_path / "out"))
     assert said.endswith(f"got '{tmp_path}': Is a directory\n")
+
+
+@pytest.mark.parametrize("model", ["/no/such/folder", "a/b/c", "./x"])
+def test_a_model_that_can_be_none_is_one_line(say: Any, tmp_path: Path, model: str) -> None:
+    said = say("generate", "a prompt", "--model", model, "--out", str(tmp_path))
+    assert said == (
+        f"error: model must be a bundled one, a folder that is there or a hub id, got '{model}'\n"
+    )
 
 
 def test_an_absolute_folder_is_loaded_as_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:

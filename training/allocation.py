@@ -17,14 +17,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from rapid3rt.policies.allocation import SLACK, limits
 from rapid3rt.policies.fixed import Steps
 from rapid3rt.policies.heads import AllocationHead
 from rapid3rt.policies.schedule import WarpFamily
 from rapid3rt.types import DenoiseState, StepDecision
-from training.bank import Bank, accelerated, beside
+from training.bank import Bank, accelerated, read_file
 
 TABLE = (3, 4, 5, 6, 8, 10, 12, 14, 17)
 """Numbers of evaluations that errors are tabulated at."""
@@ -86,10 +85,13 @@ def read_conditioning(bank: Bank) -> torch.Tensor:
         for start in range(0, len(bank), bank.batch_size):
             with accelerated(bank.pipe, witness):
                 bank.images(range(start, min(start + bank.batch_size, len(bank))))
-        with beside(path) as scratch:
-            save_file({"conditioning": torch.cat(witness.seen)}, scratch)
+        bank.save({"conditioning": torch.cat(witness.seen)}, path)
     bank.wait()
-    seen: torch.Tensor = load_file(path)["conditioning"]
+    seen = read_file(path)["conditioning"]
+    if not bool(seen.isfinite().all()):
+        raise ValueError(
+            f"conditioning of pairs must be finite, got NaN or infinity in '{path}'; delete it and use another --dtype"
+        )
     return seen
 
 

@@ -8,14 +8,17 @@ damage from content. One process writes; others may read what it keeps.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -38,6 +41,8 @@ __all__ = [
     "Checkpoints",
     "Loaded",
     "State",
+    "alone",
+    "differences",
     "flatten",
     "load_optimiser_state",
     "optimiser_state",
@@ -51,6 +56,7 @@ _STATE, _TENSORS = "state.json", "tensors.safetensors"
 _INCOMPLETE = ".incomplete-"
 _NAME = re.compile(r"iteration-(\d+)(?:-(\d+))?")
 _MISSING = object()
+_log = logging.getLogger(__name__)
 
 
 class Loaded(TypedDict):
@@ -222,10 +228,10 @@ class Checkpoints:
             fields = _document(folder / _STATE)
         except _DamageError as error:
             raise self._damage(folder, error) from None
-        differences = list(_differences(fields.get("recipe"), self._recipe))
-        if differences:
+        differing = list(differences(fields.get("recipe"), self._recipe))
+        if differing:
             raise ValueError(
-                f"recipe must be that of '{folder}', got other values: {'; '.join(differences)}"
+                f"recipe must be that of '{folder}', got other values: {'; '.join(differing)}"
             )
         return fields
 
@@ -244,6 +250,29 @@ class Checkpoints:
         return score
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a run's folder while the context is open: two runs in one would take away each other's checkpoints.
+
+    The system lets go of it when the process ends, however it ends. Raises `ValueError` where another process has it.
+    """
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"out must be of one run at a time, got '{folder}', in which process {file.read() or 'another'} is "
+                "training; wait for it, end it, or give another --out"
+            ) from None
+        except OSError as error:
+            _log.warning("'%s' is not guarded against a second run (%s)", folder, error.strerror)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
 class _DamageError(ValueError):
     """A file is not as it was written."""
 
@@ -256,11 +285,12 @@ def _normal(recipe: Mapping[str, Any]) -> Any:
         raise ValueError(f"fingerprint must be JSON, got: {error}") from None
 
 
-def _differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
+def differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
+    """What differs between two JSON values, such as `rate (1 there, 2 here)`; keys of objects in objects by dots."""
     if isinstance(there, dict) and isinstance(here, dict):
         for key in sorted(there.keys() | here.keys()):
             pair = there.get(key, _MISSING), here.get(key, _MISSING)
-            yield from _differences(*pair, f"{path}.{key}" if path else key)
+            yield from differences(*pair, f"{path}.{key}" if path else key)
     elif there != here:
         before, now = ("nothing" if x is _MISSING else json.dumps(x) for x in (there, here))
         yield f"{path} ({before} there, {now} here)"

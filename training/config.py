@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from rapid3rt.types import ADAMS_BASHFORTH, AUTO, EULER
 from training.rewards import known_rewards, nearest
 
 HEAD_NAMES = ("cache", "sparse", "allocation", "step")
@@ -112,6 +113,10 @@ class Recipe:
             sign = "above 0" if name in _POSITIVE else "of at least 0"
             if not math.isfinite(value) or value < 0 or (value == 0 and name in _POSITIVE):
                 raise ValueError(f"{name} must be a number {sign}, got {value!r}")
+        for name in ("resolution", "head_side"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be None or at least 1, got {value!r}")
         for name, accepted, requirement in (*self._of_heads(), *self._of_rewards()):
             if not accepted:
                 raise ValueError(f"{name} must {requirement}, got {getattr(self, name)!r}")
@@ -129,6 +134,10 @@ class Recipe:
         yield "dials", within, f"be 1 to num_inference_steps ({steps})"
         rising = len(dials) > 1 and tuple(sorted(set(dials))) == tuple(dials)
         yield "dials", rising, "be at least two and rise"
+        # Metrics, prices and spreads are kept by what a dial is called.
+        told_apart = len({f"{dial:g}" for dial in dials}) == len(dials)
+        yield "dials", told_apart, "differ within six digits"
+        yield "order", self.order in (AUTO, EULER, ADAMS_BASHFORTH), "be 0, 1 or 2"
         yield "choice_entropy", self.choice_entropy <= 1, "be a share, at most 1"
 
     def _of_rewards(self) -> Iterator[tuple[str, bool, str]]:
@@ -152,6 +161,7 @@ class Recipe:
 
 _COUNTS = (
     "num_inference_steps",
+    "max_sequence_length",
     "pairs",
     "groups",
     "members",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -175,8 +176,13 @@ def _standard_error(values: Array) -> float:
 def _column(rows: Iterable[dict[str, Any]], name: str, path: Path) -> Array:
     values = [row.get(name) for row in rows]
     for value in values:
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not is_number:
             raise ValueError(f"{path}: {name} must be a number or null, got {value!r}")
+        if isinstance(value, int) and abs(value) > sys.float_info.max:
+            raise ValueError(
+                f"{path}: {name} must be a number that a float holds, got a longer one"
+            )
     return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 

@@ -24,6 +24,8 @@ import numpy as np
 import torch
 
 import rapid3rt
+from rapid3rt.calibrate.command import make_folder
+from rapid3rt.errors import StateError, UnsupportedError
 from rapid3rt.pipeline import BUNDLED_POLICIES, model_id
 from rapid3rt.planning.jsonfile import write_document
 from rapid3rt.policies.folder import PolicyFolder
@@ -31,7 +33,7 @@ from rapid3rt.tiny import GUIDANCE, bundled_names
 from training import adaptivity, panels, ways
 from training.comparison import OURS, Comparison, verdicts
 from training.config import Dtype
-from training.machine import machine
+from training.machine import machine, set_threads
 from training.peers import has_cache_dit
 from training.protocol import Calibration, Protocol, Settings
 from training.study import Measured, Study
@@ -47,16 +49,17 @@ _EXAMPLE_DIAL = 6
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     options = _parser().parse_args(arguments)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     try:
+        set_threads(options.threads)
         evaluate(options)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, UnsupportedError, StateError) as error:
         sys.exit(f"evaluate: {error}")
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """Run, compare, write, print; returns the document."""
+    out: Path = options.out
+    make_folder(out)
     pipe = load_model(options.model, options.dtype)
     pipe.set_progress_bar_config(disable=True)
     settings = _settings(options)
@@ -66,7 +69,6 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         print("no pictures: they need matplotlib (pip install 'rapid3rt[plot]')", file=sys.stderr)
     if settings.peers is None and not has_cache_dit():
         print("not compared with cache-dit: pip install 'rapid3rt[bench]'", file=sys.stderr)
-    out: Path = options.out
     protocol = Protocol(pipe, settings, options.cache or out / "cache")
     protocol.try_out()
     calibration = protocol.calibrate()
@@ -233,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
         help="caches of others to compare with; else all that are installed, without names none",
     )
     add("--guidance", type=float, help=f"guidance scale of the call; else {GUIDANCE:g}")
-    add("--threads", type=int, help="of torch; else its own choice")
+    add("--threads", type=int, default=0, help="of torch, 0: as it chooses; else 0")
     return parser
 
 

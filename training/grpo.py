@@ -194,11 +194,13 @@ class Trainer:
         pairs = [group.pair for group in rollout.groups for _ in range(shape[1])]
         bank = self.subject.training
         scenes = self.subject.scenes
+        needs_full = any(getattr(reward, "to", "") == "full" for reward in self.quality.rewards)
         samples = Samples(
             images=_shown(rollout.images.flatten(0, 1)),
             prompts=[bank.prompts[pair] for pair in pairs],
             scenes=None if scenes is None else [scenes[pair] for pair in pairs],
             converged=_shown(bank.converged()[pairs]),
+            full=_shown(bank.full()[pairs]) if needs_full else None,
         )
         terms = self.quality.terms(samples)
         total = self.quality.combine(terms)
@@ -253,7 +255,7 @@ class Trainer:
     def _spreads(self, groups: list[Group], rewards: torch.Tensor) -> torch.Tensor:
         """The running std within groups of every group's dial, `[P]`, moved by all ranks' groups first."""
         own = loss.group_std(rewards)
-        seen = rewards.isfinite().sum(1) > 1
+        seen = (rewards.isfinite().sum(1) > 1) & own.isfinite()
         for key in self._dial_names():
             mine = torch.tensor([_name(group.dial) == key for group in groups], dtype=torch.bool)
             mine = mine & seen

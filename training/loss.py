@@ -83,18 +83,21 @@ def group_std(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def dead_groups(rewards: torch.Tensor, scale: torch.Tensor, share: float = 0.05) -> torch.Tensor:
-    """Groups that say nothing: fewer than two members, or a spread below a share of their bin's, bool `[P]`.
+    """Groups that say nothing: fewer than two members, a spread below a share of their bin's, or beyond float32's
+    range, bool `[P]`.
 
     rewards: `[P, G]`. scale: the bin's standard deviation of every group, `[P]`.
     """
     few = rewards.isfinite().sum(1) < 2
-    return few | (group_std(rewards) < share * scale)
+    spread = group_std(rewards)
+    return few | (spread < share * scale) | ~spread.isfinite()
 
 
 def advantages(
     rewards: torch.Tensor, *, scale: torch.Tensor | None, leave_one_out: bool = False
 ) -> torch.Tensor:
-    """Rewards `[P, G]` against their group, clipped to 5; 0 for missing members and groups of fewer than two.
+    """Rewards `[P, G]` against their group, clipped to 5; 0 for missing members, groups of fewer than two, and what is
+    beyond float32's range.
 
     scale: what the difference is divided by, `[P]`; None: nothing (GRPO without standard deviation, RLOO).
     leave_one_out: the baseline is the mean of the others (RLOO), which is G / (G - 1) times the difference.
@@ -106,7 +109,7 @@ def advantages(
         centred = centred * count / (count - 1).clamp(min=1)
     if scale is not None:
         centred = centred / scale[:, None]
-    centred = torch.where(valid & (count > 1), centred, 0.0)
+    centred = torch.where(valid & (count > 1) & centred.isfinite(), centred, 0.0)
     return centred.clamp(-LARGEST_ADVANTAGE, LARGEST_ADVANTAGE)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where numbers come from: processor, versions, commit. No paths: where things lie is nobody's business."""
+"""Where numbers come from: processor, threads, versions, commit. No paths: where things lie is nobody's business."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ import diffusers
 import torch
 
 _FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+
+
+def set_threads(number: int) -> None:
+    """Of torch; 0: as it chooses. Raises `ValueError` below that."""
+    if number < 0:
+        raise ValueError(f"threads must be at least 0, got {number}")
+    if number:
+        torch.set_num_threads(number)
 
 
 def machine() -> dict[str, Any]:

@@ -118,11 +118,13 @@ def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{path}: line {number} must be JSON, got: {error}") from None
+        raise ValueError(
+            f"{path}: line {number} must be JSON, got: {error}; delete the line"
+        ) from None
     if not isinstance(row, dict) or type(row.get("iteration")) is not int:
         shown = line[:40].decode(errors="replace")
         raise ValueError(
-            f"{path}: line {number} must be an object with a whole number 'iteration', got {shown}"
+            f"{path}: line {number} must be an object with a whole number 'iteration', got {shown}; delete the line"
         )
     return row
 

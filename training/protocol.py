@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from rapid3rt.errors import check_number
 from rapid3rt.policies.folder import PolicyFolder
 from rapid3rt.policies.schedule import WarpFamily, load_schedule
 from rapid3rt.tiny import GUIDANCE
@@ -91,6 +92,7 @@ class Settings:
         known = set(self.claimed) <= set(self.dials)
         _require("claimed", known, f"be some of the dials {self.dials}", self.claimed)
         _require("derangements", self.derangements >= 0, "be at least 0", self.derangements)
+        check_number("guidance", self.guidance, lambda x: x >= 0, "a finite number, at least 0")
         _require("reference", self.reference > PLAIN, f"be above {PLAIN}", self.reference)
 
     @property

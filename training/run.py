@@ -17,6 +17,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,30 +25,36 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from rapid3rt.calibrate.command import make_folder
+from rapid3rt.errors import StateError, UnsupportedError
 from rapid3rt.policies.folder import PolicyFolder
 from rapid3rt.policies.heads import AllocationHead
 from rapid3rt.policies.learned import Dial, Heads, HeadsConfig
 from training.allocation import fit_head, read_pairs
 from training.bank import REFERENCE_STEPS
-from training.checkpoint import Checkpoints, random_state, set_random_state
+from training.checkpoint import Checkpoints, alone, differences, random_state, set_random_state
 from training.clone import clone
 from training.config import Recipe, as_json
 from training.describe import describe
 from training.discriminator import Discriminator, DiscriminatorConfig, vae_features
 from training.grpo import Trainer
 from training.logs import Logs
+from training.machine import set_threads
 from training.pictures import Row, Sample
 from training.ranks import Ranks
 from training.recipes import RECIPES
-from training.rewards import WeightedSum, make_reward
+from training.rewards import WeightedSum, make_reward, read_options
 from training.seeds import seed_of
-from training.subject import Subject, load_subject
+from training.subject import BUNDLED, Subject, load_subject, user_path
 from training.validation import FURTHER_DIALS, Validation, rising
+from training.ways import folder_digest
 
 _FREE = ("iterations", "checkpoint_every", "keep_checkpoints", "evaluate_every", "rollout_batch")
 """Fields that a run may change when it goes on."""
 _REWARD_OPTIONS = {"scene": {"continuous": True}}
 _SHOWN = 4
+_PATIENCE = 5
+"""Iterations in a row without any reward after which a run stops: a server may be away for a while."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,19 +73,20 @@ class Command:
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     dry_run: bool = False
     """Print the resolved recipe and what it will cost, and stop."""
+    reward_options: tuple[str, ...] = ()
+    """Of the rewards in `quality`, as REWARD.OPTION=VALUE: `http.url=http://host:8000/score psnr.to=full`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     command = parse(sys.argv[1:] if arguments is None else arguments)
-    if command.threads:
-        torch.set_num_threads(command.threads)
-    if command.dry_run:
-        print(describe(command.recipe))
-        return
     try:
-        train(command)
-    except (ValueError, OSError, ImportError) as error:
+        set_threads(command.threads)
+        if command.dry_run:
+            print(describe(command.recipe))
+        else:
+            train(command)
+    except (ValueError, OSError, ImportError, UnsupportedError, StateError) as error:
         raise SystemExit(f"training.run: {error}") from None
 
 
@@ -104,8 +112,37 @@ def train(command: Command) -> Path:
     """Run a recipe to its end; returns the policy folder."""
     recipe, ranks = command.recipe, Ranks.join()
     ranks.require_equal("recipe", json.dumps(as_json(recipe)))
-    checkpoints = ranks.main_first(lambda: _open_checkpoints(command))
-    quality = _make_quality(recipe)
+    with ExitStack() as held:
+        if ranks.is_main:
+            make_folder(command.out)
+            held.enter_context(alone(command.out))
+        contents = ranks.main_first(lambda: _contents(command))
+        checkpoints = ranks.main_first(lambda: _open_checkpoints(command, contents))
+        try:
+            return _train(command, ranks, checkpoints, contents, held)
+        except KeyboardInterrupt:
+            if ranks.is_main:
+                print(
+                    f"training.run: stopped; the same command goes on after iteration {checkpoints.latest() or 0}",
+                    file=sys.stderr,
+                )
+            raise SystemExit(130) from None
+
+
+def _train(
+    command: Command,
+    ranks: Ranks,
+    checkpoints: Checkpoints,
+    contents: Mapping[str, Any],
+    held: ExitStack,
+) -> Path:
+    """All that `train` does once the folder is its own. contents: of `_contents`. held: closes the log in the end."""
+    recipe = command.recipe
+    quality = _make_quality(recipe, command.reward_options)
+    # Before the bank: a tracker that is missing must not show hours later.
+    logs = held.enter_context(
+        Logs(command.out, tracker=command.tracker, is_main=ranks.is_main, total=recipe.iterations)
+    )
     subject = load_subject(recipe, command.banks / recipe.model.replace("/", "--"), ranks)
     heads = make_heads(recipe, subject).to(ranks.device)
     trainer = None
@@ -126,54 +163,69 @@ def train(command: Command) -> Path:
         costs=subject.searched.costs,
         ranks=ranks,
     )
-    command.out.mkdir(parents=True, exist_ok=True)
-    with Logs(
-        command.out, tracker=command.tracker, is_main=ranks.is_main, total=recipe.iterations
-    ) as logs:
-        if trainer is None:
-            best, fitted = 0, _warm_start(heads, subject, recipe, ranks, logs)
-        else:
-            best, fitted = _iterate(command, trainer, validation, checkpoints, logs)
-        logs.say("calibrating the dials")
-        further = FURTHER_DIALS if recipe.prior else ()
-        dials = sorted({*dials_of(recipe), *further}, key=lambda dial: dial or 0.0)
-        dials = [dial for dial in dials if dial is None or dial <= recipe.num_inference_steps]
-        folder = finish(recipe, subject, heads, validation.measure(heads, dials), fitted, best)
-        if ranks.is_main:
-            folder.save(command.out / "policy")
-        ranks.wait()
-        logs.say(f"policy: {command.out / 'policy'}")
+    if trainer is None:
+        best, fitted = 0, _warm_start(heads, subject, recipe, ranks, logs)
+    else:
+        best, fitted = _iterate(recipe, trainer, validation, checkpoints, contents, logs)
+    logs.say("calibrating the dials")
+    further = FURTHER_DIALS if recipe.prior else ()
+    dials = sorted({*dials_of(recipe), *further}, key=lambda dial: dial or 0.0)
+    dials = [dial for dial in dials if dial is None or dial <= recipe.num_inference_steps]
+    folder = finish(recipe, subject, heads, validation.measure(heads, dials), fitted, best)
+    if ranks.is_main:
+        folder.save(command.out / "policy")
+    ranks.wait()
+    logs.say(f"policy: {command.out / 'policy'}")
     return command.out / "policy"
 
 
 def _iterate(
-    command: Command,
+    recipe: Recipe,
     trainer: Trainer,
     validation: Validation,
     checkpoints: Checkpoints,
+    contents: Mapping[str, Any],
     logs: Logs,
 ) -> tuple[int, dict[str, float]]:
     """All iterations, from the newest checkpoint on. Leaves the heads as they were best, and says when that was.
 
     Iteration 0, the heads before the first update, is a candidate as any other.
     """
-    recipe, ranks, heads = command.recipe, trainer.ranks, trainer.heads
+    ranks, heads = trainer.ranks, trainer.heads
     start, fitted = _resume(checkpoints, trainer, logs)
     logs.rewind(start)
 
     def keep(done: int, score: float | None) -> None:
         if ranks.is_main:
             state = {"trainer": trainer.state(), "random": random_state(), "fitted": fitted}
-            checkpoints.save(done, state, score=score)
+            checkpoints.save(done, {**state, **contents}, score=score)
         ranks.wait()
 
     if checkpoints.latest() is None:
         fitted = _warm_start(heads, trainer.subject, recipe, ranks, logs)
         judged, first = validation.judge(validation.measure(heads, dials_of(recipe)))
         logs.say("before training: " + ", ".join(f"{k} {v:.3g}" for k, v in judged.items()))
+        if not math.isfinite(first):
+            raise ValueError(
+                f"score before training must be finite, got {first}: validation images of the untrained heads, or "
+                "their references, hold NaN; use another --dtype"
+            )
         keep(0, first)
+    missing = 0
     for iteration in range(start, recipe.iterations):
-        metrics, done = trainer.iterate(iteration), iteration + 1
+        done = iteration + 1
+        try:
+            metrics = trainer.iterate(iteration)
+        except FloatingPointError as error:
+            raise ValueError(f"iteration {done}: {error}") from None
+        missing = missing + 1 if _all_missing(metrics, recipe) else 0
+        if missing:
+            logs.say(f"iteration {done}: no image has a reward, so nothing is learned")
+        if missing == min(_PATIENCE, recipe.iterations):
+            raise ValueError(
+                f"rewards must be there for some images, got none in {missing} iterations in a row, the last is "
+                f"{done}; see what the reward says, then give the same command again"
+            )
         score: float | None = None
         if done % recipe.evaluate_every == 0 or done == recipe.iterations:
             judged, score = validation.judge(validation.measure(heads, dials_of(recipe)))
@@ -184,10 +236,18 @@ def _iterate(
         if done % recipe.checkpoint_every == 0 or score is not None:
             keep(done, score)
     best = checkpoints.best()
-    assert best is not None
+    if best is None:
+        raise ValueError(
+            f"a checkpoint must have a finite score on the validation pairs, got none in '{checkpoints.folder}'; train "
+            "anew with another --dtype and --out"
+        )
     trainer.load_state(checkpoints.load(best)["state"]["trainer"])
     logs.say(f"the best heads are those of iteration {best}")
     return best, fitted
+
+
+def _all_missing(metrics: Mapping[str, float], recipe: Recipe) -> bool:
+    return metrics["policy/missing_members"] == recipe.groups * recipe.members
 
 
 def dials_of(recipe: Recipe) -> list[float | None]:
@@ -196,7 +256,13 @@ def dials_of(recipe: Recipe) -> list[float | None]:
 
 
 def make_heads(recipe: Recipe, subject: Subject) -> Heads:
-    """Untrained heads that fit the pipeline."""
+    """Untrained heads that fit the pipeline. Raises `ValueError` for a head that would have nothing to choose."""
+    levels = len(subject.searched.costs.levels)
+    if "sparse" in recipe.heads and levels < 2:
+        raise ValueError(
+            f"heads must not hold 'sparse' where the policy knows one sparsity level, got {recipe.heads!r}; leave it "
+            "out, or calibrate a policy that knows more"
+        )
     transformer = subject.pipe.transformer
     family = subject.searched.family
     inner = transformer.config.num_attention_heads * transformer.config.attention_head_dim
@@ -205,7 +271,7 @@ def make_heads(recipe: Recipe, subject: Subject) -> Heads:
         channels=int(transformer.config.in_channels),
         conditioning=int(inner),
         heads=recipe.heads,
-        levels=len(subject.searched.costs.levels),
+        levels=levels,
         width=recipe.head_width,
         side=recipe.head_side,
         has_prior=recipe.prior,
@@ -223,27 +289,56 @@ def _make_discriminator(recipe: Recipe, subject: Subject) -> Discriminator | Non
     return Discriminator(vae_features(subject.pipe), DiscriminatorConfig(), seed=seed)
 
 
-def _make_quality(recipe: Recipe) -> WeightedSum | None:
-    """The rewards q of the paper's form, the scene score in the form to train on."""
-    if recipe.reward != "paper" or not recipe.quality:
+def _make_quality(recipe: Recipe, words: Sequence[str] = ()) -> WeightedSum | None:
+    """The rewards q of the paper's form, the scene score in the form to train on. words: as `read_options` takes."""
+    names = [name for name, _ in recipe.quality] if recipe.reward == "paper" else []
+    options = read_options(words, names)
+    if not names:
         return None
     return WeightedSum(
         {
-            make_reward(name, **_REWARD_OPTIONS.get(name, {})): weight
+            make_reward(name, **{**_REWARD_OPTIONS.get(name, {}), **options.get(name, {})}): weight
             for name, weight in recipe.quality
         }
     )
 
 
-def _open_checkpoints(command: Command) -> Checkpoints:
+def _contents(command: Command) -> dict[str, Any]:
+    """What may not change between two sittings besides the recipe. A server may move, so its options are left out."""
+    policy = command.recipe.policy
+    words = [word for word in command.reward_options if not word.startswith("http.")]
+    return {
+        "policy": BUNDLED if policy == BUNDLED else folder_digest(user_path(policy)),
+        "reward_options": sorted(words),
+    }
+
+
+def _open_checkpoints(command: Command, contents: Mapping[str, Any]) -> Checkpoints:
     """The run's checkpoints. Raises `ValueError` where they are of another recipe, or there although none may be."""
-    recipe = {name: x for name, x in as_json(command.recipe).items() if name not in _FREE}
+    recipe = command.recipe
     checkpoints = Checkpoints(
-        command.out / "checkpoints", fingerprint=recipe, keep_last=command.recipe.keep_checkpoints
+        command.out / "checkpoints",
+        fingerprint={name: x for name, x in as_json(recipe).items() if name not in _FREE},
+        keep_last=recipe.keep_checkpoints,
     )
-    if command.resume == "never" and checkpoints.latest() is not None:
+    newest = checkpoints.latest()
+    if newest is None:
+        return checkpoints
+    if command.resume == "never":
         raise ValueError(
             f"out must hold no checkpoints with --resume never, got {str(command.out)!r}"
+        )
+    if newest > recipe.iterations:
+        raise ValueError(
+            f"iterations must be at least {newest}, which '{command.out}' has, got {recipe.iterations}"
+        )
+    state = checkpoints.load()["state"]
+    there = {name: state.get(name, now) for name, now in contents.items()}  # older ones note none
+    differing = list(differences(there, contents))
+    if differing:
+        raise ValueError(
+            f"content of a run must be that of its checkpoints, got another {'; another '.join(differing)}; put back "
+            "what was there, or give another --out"
         )
     return checkpoints
 

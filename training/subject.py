@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import rapid3rt
+from rapid3rt.calibrate import command
 from rapid3rt.pipeline import bundled_policy, find_adapter, model_id
 from rapid3rt.policies.folder import PolicyFolder
 from rapid3rt.tiny.scenes import Scene, sample
@@ -18,7 +19,7 @@ from training.bank import Bank
 from training.config import Recipe
 from training.ranks import Ranks
 
-_TINY, _BUNDLED = "tiny-", "bundled"
+_TINY, BUNDLED = "tiny-", "bundled"
 _SEEDS = {"train": 11, "validation": 5}
 """Of the scenes that a split's pairs are drawn with."""
 
@@ -41,7 +42,7 @@ def load_subject(recipe: Recipe, folder: Path, ranks: Ranks) -> Subject:
     """
     counts = {"train": recipe.pairs, "validation": recipe.validation_pairs}
     prompts = {split: load_prompts(recipe, split, count) for split, count in counts.items()}
-    searched = None if recipe.policy == _BUNDLED else PolicyFolder.load(_user_path(recipe.policy))
+    searched = None if recipe.policy == BUNDLED else PolicyFolder.load(user_path(recipe.policy))
     pipe = load_pipeline(recipe, ranks.device)
     if searched is None:
         searched = PolicyFolder.load(find_bundled(recipe, pipe))
@@ -75,9 +76,7 @@ def load_pipeline(recipe: Recipe, device: torch.device) -> Any:
     if recipe.model.startswith(_TINY):
         pipe = rapid3rt.load_tiny(recipe.model.removeprefix(_TINY), dtype)
     else:
-        from diffusers import DiffusionPipeline
-
-        pipe = DiffusionPipeline.from_pretrained(recipe.model, dtype=dtype)
+        pipe = command.load_pipeline(recipe.model, dtype)
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -88,7 +87,7 @@ def find_bundled(recipe: Recipe, pipe: Any) -> Path:
     bundled = bundled_policy(model_id(pipe.transformer))
     if bundled is None:
         raise ValueError(
-            f"policy must be a folder of `rapid3rt calibrate`, for none is bundled for {recipe.model}, got {_BUNDLED!r}"
+            f"policy must be a folder of `rapid3rt calibrate`, for none is bundled for {recipe.model}, got {BUNDLED!r}"
         )
     return bundled
 
@@ -123,13 +122,12 @@ def load_prompts(recipe: Recipe, split: str, count: int) -> list[str]:
     """Prompts of a split: of scenes, or of the file's lines, validation from its end."""
     if recipe.prompts == "scenes":
         return [scene.caption for scene in load_scenes(split, count)]
-    path = _user_path(recipe.prompts)
+    path = user_path(recipe.prompts)
     if not path.is_file():
         raise ValueError(
             f"prompts must be 'scenes' or a file with one prompt per line, got {recipe.prompts!r}"
         )
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    lines = list(dict.fromkeys(line for line in lines if line))
+    lines = list(dict.fromkeys(command.read_prompts(path)))
     needed = recipe.pairs + recipe.validation_pairs
     if len(lines) < needed:
         raise ValueError(
@@ -138,5 +136,6 @@ def load_prompts(recipe: Recipe, split: str, count: int) -> list[str]:
     return lines[:count] if split == "train" else lines[-count:]
 
 
-def _user_path(text: str) -> Path:
+def user_path(text: str) -> Path:
+    """Of a recipe's field."""
     return Path(text).expanduser()

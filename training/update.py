@@ -63,7 +63,8 @@ def update(
 ) -> dict[str, float]:
     """Some epochs over one iteration's decisions. coefficients: of every head's entropy. Returns metrics.
 
-    Raises RuntimeError where log-probabilities are not those of the rollout, or a gradient is not finite.
+    Raises RuntimeError where log-probabilities are not those of the rollout, FloatingPointError where a gradient is not
+    finite.
     """
     scored = {name: _score(heads, d, recipe) for name, d in batch.decisions.items()}
     old = {name: log_prob for name, (log_prob, _) in scored.items()}
@@ -82,7 +83,9 @@ def update(
         _set_gradients(optimiser, losses, ranks)
         norm = float(torch.nn.utils.clip_grad_norm_(heads.parameters(), recipe.gradient_norm))
         if not math.isfinite(norm):
-            raise RuntimeError(f"gradient norm must be finite, got {norm}")
+            raise FloatingPointError(
+                f"gradient norm must be finite, got {norm}; lower --learning-rate or --prior-kl"
+            )
         optimiser.step()
         metrics |= {"policy/gradient_norm": norm, "policy/epochs": epoch + 1.0}
     return metrics

@@ -10,13 +10,13 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -111,10 +111,10 @@ class Bench:
     ) -> dict[str, torch.Tensor]:
         """Tensors of a file of this name, made where there is none of this calibration."""
         path = self.out / f"{name}.safetensors"
-        if path.exists():
-            with safe_open(path, "pt") as stored:
-                if (stored.metadata() or {}).get("calibration") == self.key:
-                    return {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+        # A file that was cut off is made again.
+        with suppress(FileNotFoundError, SafetensorError), safe_open(path, "pt") as stored:
+            if (stored.metadata() or {}).get("calibration") == self.key:
+                return {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
         tensors = {key: tensor.contiguous() for key, tensor in make().items()}
         scratch = path.with_name(f".{path.name}")
         save_file(tensors, scratch, metadata={"calibration": self.key})

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,10 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import small_world
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 import rapid3rt
 from rapid3rt.policies.schedule import ScheduleFamily
@@ -94,29 +98,126 @@ def test_the_folder_is_read_and_not_made_again(subject: Subject, monkeypatch) ->
     assert torch.equal(again.searched(small_world.FAMILY, 4).error, table.error)
 
 
+def used(folder: Path, **changes) -> Bank:
+    """A bank with a file in its folder."""
+    bank = small_world.make_bank(folder, **changes)
+    bank.save({"x": torch.zeros(1)}, folder / "x.safetensors")
+    return bank
+
+
+def test_a_call_that_fails_claims_no_folder(tmp_path) -> None:
+    """A mistyped resolution fails in the first call; the right one must find the folder free."""
+    wrong = small_world.make_bank(tmp_path, call={"height": 33, "width": 33})
+    with pytest.raises(ValueError, match="divisible"):
+        wrong.run("four", lambda: accelerated(wrong.pipe, "steps:4"))
+    bank = used(tmp_path)
+    with pytest.raises(ValueError, match=r"another call\.guidance_scale"):  # filled since
+        wrong.save({"x": torch.zeros(1)}, tmp_path / "y.safetensors")
+    assert len(list(bank.folder.glob("*.safetensors"))) == 1
+
+
+def test_files_of_another_size_serve(tmp_path, monkeypatch) -> None:
+    first = small_world.make_bank(tmp_path, batch_size=4)
+    four = first.run("four", lambda: accelerated(first.pipe, "steps:4"))
+    again = small_world.make_bank(tmp_path, batch_size=3)
+    sizes, images = [], Bank.images
+    monkeypatch.setattr(
+        Bank,
+        "images",
+        lambda self, pairs, *rest: sizes.append(len(pairs)) or images(self, pairs, *rest),
+    )
+    assert torch.equal(
+        again.run("four", lambda: accelerated(again.pipe, "steps:4")).images, four.images
+    )
+    five = again.run("five", lambda: accelerated(again.pipe, "steps:5"))
+    assert sizes == [3, 1, 2]
+    assert five.images.shape == (6, 3, 32, 32)
+    assert five.nfe.tolist() == [5.0] * 6
+
+
+def test_a_bank_without_a_note_of_other_weights_serves_and_gets_one(tmp_path) -> None:
+    bank, note = used(tmp_path), tmp_path / "bank.json"
+    whole = json.loads(note.read_text())
+    older = {name: value for name, value in whole.items() if name != "other_weights"}
+    note.write_text(json.dumps(older))
+    small_world.make_bank(tmp_path)
+    assert json.loads(note.read_text()) == whole
+    weight = bank.pipe.vae.decoder.conv_in.weight
+    before = weight.flatten()[0].item()
+    try:
+        weight.data.view(-1)[0] += 1e-3
+        with pytest.raises(ValueError, match=r"another other_weights\.vae"):
+            small_world.make_bank(tmp_path)
+    finally:
+        weight.data.view(-1)[0] = before
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}"])
+def test_a_damaged_note_says_what_to_delete(tmp_path, content) -> None:
+    used(tmp_path)
+    (tmp_path / "bank.json").write_text(content)
+    with pytest.raises(ValueError, match=r"bank\.json' must say .* or delete"):
+        small_world.make_bank(tmp_path)
+
+
+def test_a_damaged_file_says_what_to_delete(tmp_path) -> None:
+    bank = small_world.make_bank(tmp_path)
+    bank.run("four", way := lambda: accelerated(bank.pipe, "steps:4"))
+    for path in tmp_path.glob("four*"):
+        path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"must be as it was written.*delete it to make it again"):
+        small_world.make_bank(tmp_path).run("four", way)
+
+
+def test_images_that_are_no_numbers_are_refused(tmp_path, monkeypatch) -> None:
+    bank = small_world.make_bank(tmp_path)
+    bank.run("four", way := lambda: accelerated(bank.pipe, "steps:4"))
+    (path,) = tmp_path.glob("four*-4.safetensors")
+    tensors = load_file(path)
+    tensors["images"][1, 0, 3, 3] = float("nan")
+    save_file(tensors, path)
+    with pytest.raises(
+        ValueError, match=r"images of 'four' must be finite.* in pairs \[5\] of.*del"
+    ):
+        small_world.make_bank(tmp_path).run("four", way)
+    monkeypatch.setattr(Bank, "images", lambda self, pairs, *_: tensors["images"][[1] * len(pairs)])
+    monkeypatch.setattr(rapid3rt, "report", lambda _: SimpleNamespace(images=[]))
+    with pytest.raises(ValueError, match="use another --dtype"):
+        bank.run("five", lambda: accelerated(bank.pipe, "steps:5"))
+    assert not list(tmp_path.glob("five*"))
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch) -> None:
+    def fill_the_disk(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("training.bank.save_file", fill_the_disk)
+    with pytest.raises(OSError, match=r"x\.safetensors' could not be written .*No space left"):
+        used(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
         ({"seed": 12}, "seed"),
         ({"steps": 9}, "steps"),
-        ({"batch_size": 2}, "batch_size"),
-        ({"call": {"guidance_scale": 1.0}}, "call"),
+        ({"call": {"guidance_scale": 1.0}}, 'call.guidance_scale ."3.5" there, "1.0" here.'),
         ({"prompts": ("a red circle",) * 6}, "prompts"),
     ],
 )
 def test_a_folder_of_other_pairs_is_refused_by_what_differs(tmp_path, change, field) -> None:
-    bank = small_world.make_bank(tmp_path)
+    bank = used(tmp_path)
     prompts = change.pop("prompts", bank.prompts)
     values = {"seed": bank.seed, "steps": 8, "call": bank.call, "batch_size": 4, **change}
     with pytest.raises(
-        ValueError, match=f"folder of a bank must be new.* made with another {field}$"
+        ValueError, match=f"folder of a bank must be new.* made with another {field}.*give another"
     ):
         Bank(bank.pipe, prompts, tmp_path, **values)
     Bank(bank.pipe, bank.prompts, tmp_path, **{**values, **{k: getattr(bank, k) for k in change}})
 
 
 def test_a_folder_of_other_weights_is_refused(tmp_path) -> None:
-    bank = small_world.make_bank(tmp_path)
+    bank = used(tmp_path)
     weight = bank.pipe.transformer.proj_out.weight
     before = weight.flatten()[0].item()
     try:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from rapid3rt.errors import StateError, UnsupportedError
 from rapid3rt.pipeline import BUNDLED_POLICIES
 from rapid3rt.policies.folder import PolicyFolder
 from rapid3rt.policies.learned import Dial, Heads, HeadsConfig
@@ -197,6 +198,8 @@ def test_two_schedules_of_one_number_are_refused(tmp_path: Path) -> None:
         ({"reference": 28}, "reference must be above 28, got 28"),
         ({"draws": 199}, "draws must be at least 200, 40 a dial, got 199"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"guidance": float("nan")}, "guidance must be a finite number, at least 0, got nan"),
+        ({"guidance": -3.0}, "guidance must be a finite number, at least 0, got -3"),
     ],
 )
 def test_settings_that_would_mean_nothing(changes: dict[str, Any], message: str) -> None:
@@ -217,6 +220,30 @@ def test_what_was_not_asked_for_follows_what_was(tmp_path: Path) -> None:
 def test_an_unknown_model_is_one_line(model: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="evaluate: model must be one of tiny-flux, tiny-sd3"):
         evaluate.main([str(BASE), "--model", model, "--out", str(tmp_path)])
+
+
+def test_what_cannot_be_written_to_is_found_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "load_model", lambda *_: pytest.fail("too late"))
+    (tmp_path / "file").touch()
+    words = [str(BASE), "--model", "tiny-sd3", "--out", str(tmp_path / "file")]
+    with pytest.raises(SystemExit, match="evaluate: --out must be a folder that can be written to"):
+        evaluate.main(words)
+    with pytest.raises(SystemExit, match="evaluate: threads must be at least 0, got -1"):
+        evaluate.main([*words, "--threads", "-1"])
+
+
+@pytest.mark.parametrize("error", [UnsupportedError, StateError, PermissionError])
+def test_an_error_of_the_callers_making_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def failing(*_: Any) -> None:
+        raise error("not here")
+
+    monkeypatch.setattr(evaluate, "load_model", failing)
+    with pytest.raises(SystemExit, match=r"^evaluate: not here$"):
+        evaluate.main([str(BASE), "--model", "tiny-sd3", "--out", str(tmp_path), "--threads", "0"])
 
 
 def test_a_policy_must_be_one_of_this_model_on_the_same_grid(tmp_path: Path) -> None:

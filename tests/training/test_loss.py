@@ -153,3 +153,11 @@ def test_prices_follow_the_dial():
     assert loss.adapt_price(1.0, mean_steps=9.0, dial=6.0) == pytest.approx(1.5)
     assert loss.adapt_price(0.1, mean_steps=3.0, dial=6.0) == 0.0
     assert loss.adapt_price(7.9, mean_steps=60.0, dial=6.0) == 8.0
+
+
+def test_a_group_beyond_float32_is_dead_and_moves_nothing():
+    rewards = tensor([1e38, -1e38, 3e38, 0.0], [1.0, 2.0, 3.0, 4.0])
+    scale = tensor(1.0, 1.0)
+    assert loss.dead_groups(rewards, scale).tolist() == [True, False]
+    assert loss.advantages(rewards, scale=None).isfinite().all()
+    assert loss.advantages(tensor([3e38, 3e38, 3e38]), scale=tensor(1.0)).isfinite().all()

@@ -136,10 +136,13 @@ def test_a_kill_at_any_byte_costs_no_line_before(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"not json\n{}", r"m\.jsonl: line 1 must be JSON, got: "),
+        (b"not json\n{}", r"m\.jsonl: line 1 must be JSON, got: .*; delete the line$"),
         (b'{"iteration": 1}\n\n{"iteration": 2}\n', r"line 2 must be JSON"),
-        (b"[1]\n", r"line 1 must be an object with a whole number 'iteration', got \[1\]$"),
-        (b'{"iteration": 1.0}\n', r"got \{\"iteration\": 1\.0\}$"),
+        (
+            b"[1]\n",
+            r"line 1 must be an object with a whole number 'iteration', got \[1\]; delete the line$",
+        ),
+        (b'{"iteration": 1.0}\n', r"got \{\"iteration\": 1\.0\}; delete the line$"),
         (b'{"iteration": true}\n', r"whole number 'iteration'"),
         (b"\xff\xfe\x00\n", r"line 1 must be JSON"),
         (b'{"step": 1}', r"whole number 'iteration'"),

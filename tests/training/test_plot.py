@@ -326,6 +326,9 @@ def test_what_is_no_run_is_one_error(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "a/x must be a number or null, got 'high'" in fails(
         capsys, write(tmp_path / "x", row(1, x="high"))
     )
+    assert "a/x must be a number that a float holds" in fails(
+        capsys, write(tmp_path / "x", row(1, x=10**400))
+    )
     assert "line 1 must be JSON" in fails(
         capsys, write(tmp_path / "x", row(1, x=1), difficulty="?\n")
     )

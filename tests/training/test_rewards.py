@@ -14,7 +14,14 @@ import torch
 
 from rapid3rt.tiny import scenes as world
 from rapid3rt.tiny.score import score
-from training.rewards import Reward, Samples, WeightedSum, known_rewards, make_reward
+from training.rewards import (
+    Reward,
+    Samples,
+    WeightedSum,
+    known_rewards,
+    make_reward,
+    read_options,
+)
 from training.rewards.base import batches, pictures, score_members
 
 NAN = math.nan
@@ -171,6 +178,38 @@ class TestRegistry:
     def test_a_missing_option_is_an_error(self, name: str, option: str) -> None:
         with pytest.raises(ValueError, match=f"option {option} of reward '{name}' must be given"):
             make_reward(name)
+
+    def test_options_in_words_have_the_types_of_their_maker(self) -> None:
+        words = [
+            "http.url=http://h/a=b",
+            "http.retries=3",
+            "http.max_failures=9",
+            "http.timeout_s=1.5",
+        ]
+        options = read_options(
+            [*words, "scene.continuous=false", "psnr.to=full"], list(known_rewards())
+        )
+        assert options == {
+            "http": {"url": "http://h/a=b", "retries": 3, "max_failures": 9, "timeout_s": 1.5},
+            "scene": {"continuous": False},
+            "psnr": {"to": "full"},
+        }
+
+    @pytest.mark.parametrize(
+        ("word", "message"),
+        [
+            ("url=x", r"must read REWARD\.OPTION=VALUE, got 'url=x'"),
+            ("http.url", r"must read REWARD\.OPTION=VALUE"),
+            ("ssim.to=full", "must be of http, scene, features, got"),
+            ("http.port=3", "option of reward 'http' must be one of url, .*, got 'port'"),
+            ("http.retries=few", "must hold a value of type int, got 'http.retries=few'"),
+            ("scene.continuous=yes", "must hold a value of type bool"),
+            ("features.encoder=x", "must be of options that a text can say"),
+        ],
+    )
+    def test_a_word_that_says_no_option_is_an_error(self, word: str, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            read_options([word], ["http", "scene", "features"])
 
     def test_every_call_makes_another_object(self) -> None:
         assert make_reward("psnr") is not make_reward("psnr")

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +21,22 @@ import pytest
 import small_run
 import small_world
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import rapid3rt
 import training.subject
+from rapid3rt.errors import StateError, UnsupportedError
 from rapid3rt.policies.folder import PolicyFolder
 from training import run
 from training.bank import accelerated
-from training.checkpoint import Checkpoints
+from training.checkpoint import Checkpoints, alone
 from training.config import Recipe
 from training.curves import choose_panels, read_run
 from training.grpo import Trainer
 from training.metrics import Name, read_lines
 from training.plot import draw
 from training.recipes import RECIPES
+from training.rewards.http import HttpReward
 
 OPTIONS = shlex.split("""
     --num-inference-steps 8 --resolution 32 --heads step --head-width 8 --head-side 8 --pairs 6 --groups 2 --members 3
@@ -350,6 +355,13 @@ def test_a_mistyped_field_names_the_nearest(capsys) -> None:
         ),
         (["--reward", "paper", "--prompts", "x.txt"], "prompts must be 'scenes' for the reward"),
         (["--choice-entropy", "2"], "choice_entropy must be a share"),
+        (["--dials", "4.25", "4.2500001"], "dials must differ within six digits"),
+        (["--order", "7"], "order must be 0, 1 or 2, got 7"),
+        (["--order", "3"], "order must be 0, 1 or 2, got 3"),
+        (["--resolution", "0"], "resolution must be None or at least 1, got 0"),
+        (["--head-side", "-3"], "head_side must be None or at least 1, got -3"),
+        (["--max-sequence-length", "0"], "max_sequence_length must be an integer of at least 1"),
+        (["--threads", "-1", "--dry-run"], "threads must be at least 0, got -1"),
     ],
 )
 def test_a_wrong_recipe_is_one_line(options: list[str], message: str, capsys) -> None:
@@ -363,18 +375,20 @@ def test_a_wrong_recipe_is_one_line(options: list[str], message: str, capsys) ->
     ("lines", "message"),
     [
         (None, "prompts must be 'scenes' or a file with one prompt per line, got"),
-        ("", "prompts must be at least 8 different lines .*, got 0 in"),
-        ("\n\n  \n", "got 0 in"),
-        ("a cat\n" * 50, "got 1 in"),
+        ("\n\n  \n", "prompts must hold at least one prompt, got an empty"),
+        (b"caf\xe9\n", r"prompts must be a text file in UTF-8, got '.*prompts.txt'"),
+        ("a cat\n" * 50, "prompts must be at least 8 different lines .*, got 1 in"),
+        ("\ufeffa cat\na cat\n\u2028", "got 1 in"),
+        ("a\u2028b" + "\nc" * 9, "got 2 in"),
         ("\n".join(f"a cat {i}" for i in range(7)), "got 7 in"),
     ],
 )
 def test_prompts_that_do_not_suffice_are_refused(
-    tmp_path: Path, world: list[str], monkeypatch, lines: str | None, message: str
+    tmp_path: Path, world: list[str], monkeypatch, lines: str | bytes | None, message: str
 ) -> None:
     path = tmp_path / "prompts.txt"
     if lines is not None:
-        path.write_text(lines)
+        path.write_bytes(lines if isinstance(lines, bytes) else lines.encode())
     monkeypatch.setattr(training.subject, "load_pipeline", lambda *_: pytest.fail("too late"))
     told = refusal("tiny-sd3", "--out", str(tmp_path / "out"), *world, "--prompts", str(path))
     assert re.search(message, told)
@@ -415,6 +429,142 @@ def test_a_policy_that_does_not_suit_is_refused(tmp_path: Path, world: list[str]
     ).save(without)
     told = refusal("tiny-sd3", "--out", str(tmp_path), *world, "--policy", str(without))
     assert "policy must hold a searched family" in told
+
+
+def test_what_cannot_be_written_or_tracked_is_found_before_the_bank(
+    tmp_path: Path, world: list[str], monkeypatch
+) -> None:
+    monkeypatch.setattr(training.subject, "load_pipeline", lambda *_: pytest.fail("too late"))
+    (tmp_path / "file").touch()
+    told = refusal("tiny-sd3", "--out", str(tmp_path / "file"), *world)
+    assert "--out must be a folder that can be written to, got" in told
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    told = refusal("tiny-sd3", "--out", str(tmp_path), *world, "--tracker", "tensorboard")
+    assert "tracker='tensorboard' needs tensorboard" in told
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path, world: list[str]) -> None:
+    with alone(tmp_path):
+        told = refusal("tiny-sd3", "--out", str(tmp_path), *world)
+    assert f"got '{tmp_path}', in which process {os.getpid()} is training" in told
+    assert not (tmp_path / "checkpoints").exists()
+    with alone(tmp_path):  # free again
+        pass
+
+
+def test_a_policy_of_other_content_is_refused(
+    tmp_path: Path, world: list[str], shared: list[str], monkeypatch
+) -> None:
+    """The path is in the recipe, and says nothing of what lies there."""
+    policy = tmp_path / "policy"
+    shutil.copytree(shared[1], policy)
+    own = [*world, "--policy", str(policy)]
+    out = go(tmp_path / "out", own, "--iterations", "1")
+    costs = replace(small_world.COSTS, reuse=0.2)
+    replace(small_world.make_searched(), costs=costs).save(policy)
+    monkeypatch.setattr(training.subject, "load_pipeline", lambda *_: pytest.fail("too late"))
+    told = refusal("tiny-sd3", "--out", str(out), *own, "--iterations", "2")
+    assert "content of a run must be that of its checkpoints, got another policy (" in told
+
+
+def test_a_checkpoint_without_a_note_of_the_policy_serves(
+    tmp_path: Path, world: list[str], finished: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(run, "_contents", lambda _: {})  # as older versions
+    go(tmp_path, world, "--iterations", "2")
+    monkeypatch.undo()
+    monkeypatch.setattr(training.subject, "load_pipeline", small_run.load_pipeline)
+    go(tmp_path, world)
+    assert weights(tmp_path) == weights(finished)
+
+
+def test_a_run_is_not_made_shorter(world: list[str], finished: Path) -> None:
+    told = refusal("tiny-sd3", "--out", str(finished), *world, "--iterations", "1")
+    assert "iterations must be at least 3, which " in told
+
+
+def test_another_rollout_batch_serves_the_banks(tmp_path: Path, world: list[str]) -> None:
+    """It may change when a run goes on, so banks must take it too."""
+    go(tmp_path, world, "--iterations", "1")
+    go(tmp_path, world, "--iterations", "2", "--rollout-batch", "4")
+    assert [row["iteration"] for row in rows(tmp_path)] == [1, 2]
+
+
+def test_options_of_rewards_reach_them(tmp_path: Path, world: list[str], monkeypatch) -> None:
+    """And a scorer that gives none ends the run, with the checkpoints that it has."""
+    monkeypatch.setattr(HttpReward, "_ask", lambda self, body, number: [math.nan] * number)
+    words = [*world, "--reward", "paper", "--quality", "http", "1"]
+    assert "--reward-options http.url=VALUE" in refusal("tiny-sd3", *words, "--out", str(tmp_path))
+    words += ["--reward-options", "http.url=http://localhost:1/score"]
+    told = refusal("tiny-sd3", *words, "--out", str(tmp_path))
+    assert "rewards must be there for some images, got none in 3 iterations in a row" in told
+    assert not (tmp_path / "policy").exists()
+    told = refusal("tiny-sd3", *world, "--out", str(tmp_path / "b"), *words[-2:])
+    assert "reward_options must be of none, for no reward is used, got 'http.url" in told
+
+
+def test_a_reference_that_is_no_number_ends_the_run_before_training(
+    tmp_path: Path, world: list[str], shared: list[str]
+) -> None:
+    banks = tmp_path / "banks"
+    shutil.copytree(shared[-1], banks)
+    for split in ("validation-2", "train-6"):
+        (path,) = (banks / "tiny-sd3" / split).glob("steps_80*")
+        tensors = load_file(path)
+        tensors["images"][1, 0, 5, 5] = math.nan
+        save_file(tensors, path)
+        told = refusal("tiny-sd3", "--out", str(tmp_path / split), *world, "--banks", str(banks))
+        assert re.search(rf"must be finite, got NaN or infinity in pairs \[1\] of .*{split}", told)
+        assert not list(tmp_path.glob("*/checkpoints/*"))
+
+
+def test_a_score_that_is_no_number_ends_the_run_before_training(
+    tmp_path: Path, world: list[str], monkeypatch
+) -> None:
+    monkeypatch.setattr(run.Validation, "judge", lambda *_: ({}, math.nan))
+    told = refusal("tiny-sd3", "--out", str(tmp_path), *world)
+    assert "score before training must be finite, got nan" in told
+
+
+def test_heads_that_run_away_are_one_line(tmp_path: Path, world: list[str]) -> None:
+    told = refusal("tiny-sd3", "--out", str(tmp_path), *world, "--prior-kl", "1e30")
+    assert re.search(r"iteration \d: gradient norm must be finite, .* lower --learning-rate", told)
+
+
+def test_a_sparse_head_needs_levels(tmp_path: Path, world: list[str]) -> None:
+    costs = replace(small_world.COSTS, levels=(1.0,))
+    replace(small_world.make_searched(), costs=costs).save(tmp_path / "policy")
+    words = [*world, "--policy", str(tmp_path / "policy"), "--heads", "sparse", "step"]
+    told = refusal("tiny-sd3", "--out", str(tmp_path / "out"), *words)
+    assert "heads must not hold 'sparse' where the policy knows one sparsity level" in told
+
+
+@pytest.mark.parametrize("error", [UnsupportedError, StateError])
+def test_an_error_of_the_callers_making_is_one_line(
+    tmp_path: Path, world: list[str], monkeypatch, error: type[Exception]
+) -> None:
+    def failing(*_: Any) -> None:
+        raise error("not here")
+
+    monkeypatch.setattr(run, "load_subject", failing)
+    assert refusal("tiny-sd3", "--out", str(tmp_path), *world) == "training.run: not here"
+
+
+def test_a_stop_by_hand_says_where_it_goes_on(
+    tmp_path: Path, world: list[str], monkeypatch, capsys
+) -> None:
+    original = Trainer.iterate
+
+    def stopped(self: Trainer, i: int) -> dict[str, float]:
+        if i == 1:
+            raise KeyboardInterrupt
+        return original(self, i)
+
+    monkeypatch.setattr(Trainer, "iterate", stopped)
+    with pytest.raises(SystemExit) as stop:
+        go(tmp_path, world)
+    assert stop.value.code == 130
+    assert "stopped; the same command goes on after iteration 1\n" in capsys.readouterr().err
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, capsys) -> None:

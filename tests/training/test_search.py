@@ -456,7 +456,13 @@ def test_prompts_are_read_line_by_line(tmp_path: Path) -> None:
         (["tiny-sd3", "--budget", "6", "--batch-size", "0"], "batch_size must be an integer"),
         (["tiny-sd3", "--budget", "6", "--evaluations", "-1"], "evaluations must be an integer"),
         (["tiny-sd3", "--budget", "6", "--threads", "-1"], "threads must be at least 0, got -1"),
-        (["tiny-sd1", "--budget", "6"], "--prompts must be given for a model other than tiny-"),
+        (["tiny-sd3", "--budget", "6", "--guidance", "nan"], "guidance must be a finite number"),
+        (["tiny-sd3", "--budget", "6", "--guidance", "-3"], "guidance must be a finite number"),
+        (["tiny-sd1", "--budget", "6"], "model must be one of tiny-flux, tiny-sd3, or a folder"),
+        (
+            ["/none", "--budget", "6", "--prompts", __file__],
+            "model must be a bundled one, a folder",
+        ),
         (["sd3", "--budget", "6"], "--prompts must be given for a model other than tiny-"),
         (["tiny-sd3", "--budget", "6", "--prompts", "none.txt"], "--prompts must be a text file"),
         (["tiny-flux", "--budget", "6", "--policy", "none"], "policy must be a folder with a conf"),
@@ -578,6 +584,8 @@ def test_what_was_found_runs_and_other_searches_are_refused(pipe: Any, tmp_path:
     out = tmp_path / "plan.json"
     with pytest.raises(ValueError, match=r"evaluations must be at least \d+ here"):
         small(tmp_path / "other.json", pipe, evaluations=30)
+    with pytest.raises(ValueError, match=r"evaluations must be at least \d+ here"):
+        small(tmp_path / "other.json", pipe, evaluations=30, seed=1)  # nobody's folder yet
     plan = small(out, pipe, levels=False, reuse=False, evaluations=130, seed=1)
     assert all(tick.action == COMPUTE and tick.level == 0 for tick in plan.ticks)
     assert plan.provenance["cost_factor"] == 1

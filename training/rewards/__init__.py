@@ -11,8 +11,8 @@ import difflib
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_args
 
 import torch
 
@@ -53,6 +53,13 @@ _ENTRIES = {
     "http": ("http.HttpReward", "whatever a server scores; needs its url"),
 }
 """Name to maker (module here, function) and what it measures and needs."""
+_READERS: dict[type, Callable[[str], Any]] = {
+    str: str,
+    int: int,
+    float: float,
+    bool: {"true": True, "false": False}.get,
+}
+"""Type of an option to what makes it of text; None or a `ValueError` for what is none."""
 
 
 def known_rewards() -> dict[str, str]:
@@ -70,8 +77,7 @@ def make_reward(name: str, **options: Any) -> Reward:
     """
     if name not in _ENTRIES:
         raise ValueError(f"reward must be one of {', '.join(nearest(name))}, got {name!r}")
-    module, maker = _ENTRIES[name][0].split(".")
-    make = getattr(importlib.import_module(f"training.rewards.{module}"), maker)
+    make = _maker(name)
     _check_options(name, make, options)
     reward: Reward = make(**options)
     return reward
@@ -86,19 +92,77 @@ def nearest(name: object) -> list[str]:
     return sorted(_ENTRIES, key=distance)
 
 
-def _check_options(name: str, make: Callable[..., Reward], options: Mapping[str, Any]) -> None:
-    parameters = {
+def _maker(name: str) -> Callable[..., Reward]:
+    module, maker = _ENTRIES[name][0].split(".")
+    make: Callable[..., Reward] = getattr(
+        importlib.import_module(f"training.rewards.{module}"), maker
+    )
+    return make
+
+
+def _parameters(make: Callable[..., Reward]) -> dict[str, inspect.Parameter]:
+    """Options of a maker, their types as they are."""
+    return {
         key: parameter
-        for key, parameter in inspect.signature(make).parameters.items()
+        for key, parameter in inspect.signature(make, eval_str=True).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY
     }
+
+
+def _check_known(name: str, option: str, parameters: Mapping[str, inspect.Parameter]) -> None:
+    if option not in parameters:
+        known = ", ".join(parameters)
+        raise ValueError(f"option of reward '{name}' must be one of {known}, got {option!r}")
+
+
+def _check_options(name: str, make: Callable[..., Reward], options: Mapping[str, Any]) -> None:
+    parameters = _parameters(make)
     for option in options:
-        if option not in parameters:
-            known = ", ".join(parameters)
-            raise ValueError(f"option of reward '{name}' must be one of {known}, got {option!r}")
+        _check_known(name, option, parameters)
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and key not in options:
-            raise ValueError(f"option {key} of reward '{name}' must be given, got nothing")
+            raise ValueError(
+                f"option {key} of reward '{name}' must be given, got nothing; for a training: --reward-options "
+                f"{name}.{key}=VALUE"
+            )
+
+
+def read_options(words: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Options by reward, of words such as `http.url=http://host/score`; their types are those of the maker.
+
+    names: of the rewards that there are. Raises ValueError for a word that is none, another reward, an option that its
+    maker does not have or that no text can say, and a value of another type.
+    """
+    options: dict[str, dict[str, Any]] = {}
+    for word in words:
+        target, equals, text = word.partition("=")
+        name, dot, option = target.partition(".")
+        if not (equals and dot and option):
+            raise ValueError(f"reward_options must read REWARD.OPTION=VALUE, got {word!r}")
+        if name not in names:
+            there = ", ".join(names) or "none, for no reward is used"
+            raise ValueError(f"reward_options must be of {there}, got {word!r}")
+        parameters = _parameters(_maker(name))
+        _check_known(name, option, parameters)
+        value = _of_type(parameters[option].annotation, text, word)
+        options.setdefault(name, {})[option] = value
+    return options
+
+
+def _of_type(kind: Any, text: str, word: str) -> Any:
+    """Text as a value of a type; of `X | None` as an X."""
+    kinds = [each for each in _READERS if each in (kind, *get_args(kind))]
+    if not kinds:
+        raise ValueError(f"reward_options must be of options that a text can say, got {word!r}")
+    try:
+        value = _READERS[kinds[0]](text)
+    except ValueError:
+        value = None
+    if value is None:
+        raise ValueError(
+            f"reward_options must hold a value of type {kinds[0].__name__}, got {word!r}"
+        )
+    return value
 
 
 class WeightedSum:

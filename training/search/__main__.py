@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from rapid3rt.errors import StateError, UnsupportedError
+from rapid3rt.calibrate.command import load_pipeline, read_prompts
+from rapid3rt.errors import StateError, UnsupportedError, check_number
 from rapid3rt.policies import FixedPlan
 from rapid3rt.tiny import bundled_names, load_tiny
 from rapid3rt.tiny.policy import CALL, NUM_PROMPTS, SEED
 from rapid3rt.tiny.scenes import sample
 from rapid3rt.types import ACTION_NAMES
+from training.machine import set_threads
 from training.search import Settings, search
 
 
@@ -61,14 +61,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _search(options: argparse.Namespace) -> FixedPlan:
-    if options.threads < 0:
-        raise ValueError(f"threads must be at least 0, got {options.threads}")
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    set_threads(options.threads)
+    if options.guidance is not None:
+        check_number("guidance", options.guidance, lambda x: x >= 0, "a finite number, at least 0")
     name = options.model.removeprefix("tiny-")
     is_tiny = options.model.startswith("tiny-") and name in bundled_names()
+    tiny = ", ".join(f"tiny-{name}" for name in bundled_names())
+    if options.model.startswith("tiny-") and not is_tiny and not Path(options.model).is_dir():
+        raise ValueError(
+            f"model must be one of {tiny}, or a folder or hub id, got {options.model!r}"
+        )
     if options.prompts is None and not is_tiny:
-        tiny = ", ".join(f"tiny-{name}" for name in bundled_names())
         raise ValueError(f"--prompts must be given for a model other than {tiny}")
     if options.prompts is not None:
         prompts = read_prompts(options.prompts)
@@ -86,33 +89,8 @@ def _search(options: argparse.Namespace) -> FixedPlan:
         reuse=options.reuse,
         batch_size=options.batch_size,
     )
-    pipe = load_tiny(name) if is_tiny else _load(options.model)
+    pipe = load_tiny(name) if is_tiny else load_pipeline(options.model)
     return search(pipe, prompts, options.out, settings, policy=options.policy, call=call)
-
-
-def _load(model: str) -> Any:
-    """A pipeline of a folder or hub id, where this machine runs it best."""
-    from diffusers import DiffusionPipeline
-
-    on_gpu = torch.cuda.is_available()
-    pipe = DiffusionPipeline.from_pretrained(
-        model, dtype=torch.bfloat16 if on_gpu else torch.float32
-    )
-    return pipe.to("cuda" if on_gpu else "cpu")
-
-
-def read_prompts(path: Path) -> list[str]:
-    """A prompt per line of a text file; empty lines are none. Raises ValueError where there is not one."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"--prompts must be a text file in UTF-8, got {str(path)!r}: {error}"
-        ) from None
-    prompts = [line.strip() for line in text.split("\n") if line.strip()]
-    if not prompts:
-        raise ValueError(f"--prompts must hold at least one prompt, got an empty {str(path)!r}")
-    return prompts
 
 
 def describe(plan: FixedPlan) -> str:

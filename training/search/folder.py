@@ -76,11 +76,10 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def claim(home: Path, wanted: Mapping[str, Any]) -> None:
-    """Make the folder of this search, or go on in it. Raises ValueError naming the field in which it is another's."""
+def check_claim(home: Path, wanted: Mapping[str, Any]) -> None:
+    """Raise ValueError where the folder is another search's, naming the field in which it is."""
     path = home / "search.json"
     if not path.exists():
-        write_document(path, wanted)
         return
     try:
         there = json.loads(path.read_text())
@@ -93,6 +92,13 @@ def claim(home: Path, wanted: Mapping[str, Any]) -> None:
                 f"{path}: {name} must be {value!r}, as asked for now, got {got!r} of another search; give another out "
                 "or remove the folder"
             )
+
+
+def claim(home: Path, wanted: Mapping[str, Any]) -> None:
+    """Make the folder of this search, or go on in it. Raises ValueError as `check_claim`."""
+    check_claim(home, wanted)
+    if not (home / "search.json").exists():
+        write_document(home / "search.json", wanted)
 
 
 def take_over(bench: Bench, policy: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from rapid3rt.calibrate.arguments import check_call, told_apart
-from rapid3rt.calibrate.measure import REFERENCE_STEPS, Bench
+from rapid3rt.calibrate.measure import REFERENCE_STEPS, Bench, family_key
 from rapid3rt.errors import check_count
 from rapid3rt.pipeline import accelerate, restore
 from rapid3rt.policies import FixedPlan, WarpFamily, save_schedule
@@ -28,7 +28,14 @@ from training.search import recording
 from training.search.climb import Climber, Objective, climb, descend, probe, redraws
 from training.search.error_model import ErrorModel
 from training.search.finish import errors_of, finish
-from training.search.folder import claim, find_policy, identity, search_family, take_over
+from training.search.folder import (
+    check_claim,
+    claim,
+    find_policy,
+    identity,
+    search_family,
+    take_over,
+)
 from training.search.lattice import FINENESS, Lattice, equivalent_steps
 from training.search.local_errors import LocalErrors
 
@@ -92,7 +99,8 @@ def search(
     arguments = dict(call or {})
     check_call(pipe, arguments)
     folder, home = find_policy(policy, pipe), Path(f"{out}.search")
-    claim(home, identity(pipe, prompts, asdict(settings), folder, arguments))
+    identified = identity(pipe, prompts, asdict(settings), folder, arguments)
+    check_claim(home, identified)
     bench = Bench(
         pipe,
         list(prompts),
@@ -109,8 +117,13 @@ def search(
         take_over(bench, folder.path)
         family, costs = folder.family, folder.costs or bench.costs()
     lattice = _lattice(bench, family, costs, settings)
+    seen, other = _num_seen(prompts), _other_budget(lattice, settings)
+    spent = _first_costs(lattice, seen, other, settings.evaluations)
+    claim(
+        home, identified
+    )  # not before: a call that is refused leaves a folder that another may take
     unweighted = replace(family, fit=None)
-    climber, spent, stages = _improve(bench, unweighted, lattice, costs, settings)
+    climber, stages = _improve(bench, unweighted, lattice, costs, settings, other, spent)
     found, even = (lattice.schedule(p, bench.family_name) for p in (climber.best, lattice.even()))
     plan = finish(bench, found, even, family, climber.order)
     stages["fit"] = float(errors_of(bench, plan, climber.order).mean())
@@ -162,7 +175,7 @@ def _lattice(bench: Bench, family: WarpFamily, costs: ActionCosts, settings: Set
 
     levels = [x for x, cost in enumerate(costs.levels) if x > 0 and cost < WORTHWHILE]
     return Lattice(
-        sigmas=tuple(bench.remember(f"lattice of {intervals}", measure)),
+        sigmas=tuple(bench.remember(f"lattice of {intervals}, {family_key(family)}", measure)),
         budget=settings.budget,
         max_ticks=settings.steps,
         levels=tuple(levels) if settings.levels else (),
@@ -178,12 +191,19 @@ def _rungs(errors: torch.Tensor) -> tuple[list[int], list[int]]:
 
 
 def _improve(
-    bench: Bench, family: WarpFamily, lattice: Lattice, costs: ActionCosts, settings: Settings
-) -> tuple[Climber, dict[str, int], dict[str, float]]:
-    """The search itself; also evaluations by purpose, and the mean squared error of the best plan after each stage."""
-    seen, other = _num_seen(bench.prompts), _other_budget(lattice, settings)
-    spent = _first_costs(lattice, seen, other, settings.evaluations)
-    errors = bench.family_errors(family, lattice.budget)[:seen]
+    bench: Bench,
+    family: WarpFamily,
+    lattice: Lattice,
+    costs: ActionCosts,
+    settings: Settings,
+    other: int,
+    spent: dict[str, int],
+) -> tuple[Climber, dict[str, float]]:
+    """The search itself; also the mean squared error of the best plan after each stage.
+
+    other: of `_other_budget`. spent: evaluations by purpose, to which are added those of every stage.
+    """
+    errors = bench.family_errors(family, lattice.budget)[: _num_seen(bench.prompts)]
     few, rest = _rungs(errors)
     exponent = 0.0
     if other:
@@ -215,7 +235,7 @@ def _improve(
         spent[name] = climber.objective.spent - before
         stages[name] = float(climber.seen().mean())
     bar.close()
-    return climber, spent, stages
+    return climber, stages
 
 
 def _first_costs(lattice: Lattice, seen: int, other: int, evaluations: int) -> dict[str, int]:
