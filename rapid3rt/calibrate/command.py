@@ -45,7 +45,7 @@ def load_pipeline(model: str, dtype: torch.dtype | None = None) -> Any:
     """
     from diffusers import DiffusionPipeline
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     on_gpu = dtype is None and torch.cuda.is_available()
     default = torch.bfloat16 if on_gpu else torch.float32
