@@ -14,6 +14,7 @@ from test_flux import call_flux, make_flux
 from test_layouts import call, make_pipeline
 
 import rapid3rt
+from rapid3rt import ops
 from rapid3rt.adapters.flux import noise_grid
 from rapid3rt.errors import UnsupportedError
 from rapid3rt.types import ADAMS_BASHFORTH, ComputeDecision, DenoiseState, Run, StepDecision
@@ -122,6 +123,30 @@ def test_a_trace_replays_in_the_attention_mode_that_it_was_made_in(tmp_path: Pat
     rapid3rt.restore(pipe)
     rapid3rt.accelerate(pipe, f"replay:{path}", attention="fast")
     assert torch.equal(call(pipe, STEPS), first)
+
+
+def test_fast_attention_takes_our_kernel_for_an_image_with_any_neighbour(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows: list[int] = []
+    attend = ops.block_sparse_attention
+
+    def counted(q: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        rows.append(len(q))
+        return attend(q, *rest, **options)
+
+    monkeypatch.setattr(ops, "block_sparse_attention", counted)
+    pipe = make_pipeline("sd3", torch.float32)
+    plain = call(pipe, STEPS)
+    images = {}
+    for levels in ((0, 0), (0, 3)):
+        rows.clear()
+        rapid3rt.accelerate(pipe, Walker(levels=levels), attention="fast")
+        images[levels] = call(pipe, STEPS)
+        rapid3rt.restore(pipe)
+        assert set(rows) == {4}  # both images in both branches
+    torch.testing.assert_close(images[0, 0], plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(images[0, 0][0], images[0, 3][0], rtol=1e-5, atol=1e-5)
 
 
 def test_a_policy_that_says_it_stays_on_the_grid_is_held_to_it() -> None:
