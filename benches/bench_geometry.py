@@ -34,6 +34,7 @@ from rapid3rt.planning.sparsity import DENSITIES
 from rapid3rt.types import COMPUTE, REUSE, ComputeDecision, DenoiseState, Run, StepDecision
 
 STEPS = 4
+FAST = "dense, attention='fast'"
 MODELS = {"sd3-medium": 24, "flux-dev": 57}
 """Blocks of the real ones."""
 
@@ -115,11 +116,11 @@ def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
         stamps.append(time.perf_counter())
         return kwargs
 
-    def tick(policy: Any) -> float:
+    def tick(policy: Any, attention: str = "exact") -> float:
         """The median of the ticks between the first, which has nothing to reuse, and the last."""
         stamps.clear()
         if policy is not None:
-            rapid3rt.accelerate(pipe, policy)
+            rapid3rt.accelerate(pipe, policy, attention=attention)
         try:
             latents = pipe(
                 **call,
@@ -141,14 +142,17 @@ def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
     levels = range(len(DENSITIES))
     names = ["dense", *(f"level {level}, density {DENSITIES[level]}" for level in levels[1:])]
     policies = dict(zip(names, map(Always, levels), strict=True))
-    cases: dict[str, Any] = {"plain": None, **policies, "reuse": Always(None)}
+    cases: dict[str, tuple[Any, ...]] = {"plain": (None,)}
+    cases |= {name: (policy,) for name, policy in policies.items()}
+    cases |= {FAST: (Always(0), "fast"), "reuse": (Always(None),)}
     times: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(options.rounds):
-        for name, policy in cases.items():
-            times[name].append(tick(policy))
+        for name, case in cases.items():
+            times[name].append(tick(*case))
     ms = {name: median(taken) for name, taken in times.items()}
     costs = policies["dense"].costs_of_run
-    estimates = {"plain": 1.0, **dict(zip(names, costs.levels, strict=True)), "reuse": costs.reuse}
+    estimates = {"plain": 1.0, FAST: 1.0, "reuse": costs.reuse}
+    estimates |= dict(zip(names, costs.levels, strict=True))
     outside, deep = ms["reuse"], MODELS[model] / options.blocks
     whole = {
         name: outside + deep * (taken - outside) if name != "reuse" else outside
