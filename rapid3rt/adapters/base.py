@@ -16,7 +16,6 @@ import torch
 from rapid3rt.errors import UnsupportedError
 
 IMAGE_PROMPTS = "ip_adapter_image_embeds"
-MASKED = "an attention mask goes to every layer"
 Widths = tuple[tuple[str, str], ...]  # names of arguments, each with an option of the configuration
 
 
@@ -185,11 +184,6 @@ def take_entries(
         if isinstance(x, torch.Tensor) and x.shape[:1] == (total,) and name != IMAGE_PROMPTS
     }
     return {**entries, **own}
-
-
-def has_mask(entries: Mapping[str, Any] | None) -> bool:
-    """Whether the arguments of attention hold a mask, which our processors do not take."""
-    return entries is not None and entries.get("attention_mask") is not None
 
 
 def take_nested(x: Any, rows: torch.Tensor | None, total: int) -> Any:

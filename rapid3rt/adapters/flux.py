@@ -19,15 +19,13 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 
-from rapid3rt.adapters.attention import NOT_STOCK, SparseProcessor, attend, exchanged_processors
+from rapid3rt.adapters.attention import SparseProcessor, attend, exchanged_processors
 from rapid3rt.adapters.base import (
     IMAGE_PROMPTS,
-    MASKED,
     ControlNetLayout,
     Embedded,
     SparseRows,
     Widths,
-    has_mask,
     is_model,
     take,
     take_entries,
@@ -141,12 +139,6 @@ class FluxAdapter(PackedAdapter):
             for block in blocks
             if type(block.attn.processor) is FluxAttnProcessor and not block.attn.fused_projections
         ]
-
-    def dense_only(self, transformer: Any, kwargs: Mapping[str, Any]) -> str | None:
-        """Fused projections, IP-adapter and PAG bring processors of their own, or none we can stand in for."""
-        if has_mask(kwargs.get(self.attention_kwargs)):
-            return MASKED
-        return None if self.stock_attention(transformer) else NOT_STOCK
 
     def sparse_attention(
         self, transformer: Any, kwargs: Mapping[str, Any], rows: SparseRows

@@ -22,14 +22,12 @@ from diffusers.models.transformers.transformer_flux2 import (
 )
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
-from rapid3rt.adapters.attention import NOT_STOCK, SparseProcessor, attend, exchanged_processors
+from rapid3rt.adapters.attention import SparseProcessor, attend, exchanged_processors
 from rapid3rt.adapters.base import (
-    MASKED,
     NO_CONTROLNET,
     Embedded,
     SparseRows,
     Widths,
-    has_mask,
     is_model,
     take,
     take_entries,
@@ -142,12 +140,6 @@ class Flux2Adapter(PackedAdapter):
             if type(block.attn.processor) in (Flux2AttnProcessor, Flux2ParallelSelfAttnProcessor)
             and not getattr(block.attn, "fused_projections", False)
         ]
-
-    def dense_only(self, transformer: Any, kwargs: Mapping[str, Any]) -> str | None:
-        """Fused projections and the processors of the key-value cache are none we can stand in for."""
-        if has_mask(kwargs.get(self.attention_kwargs)):
-            return MASKED
-        return None if self.stock_attention(transformer) else NOT_STOCK
 
     def sparse_attention(
         self, transformer: Any, kwargs: Mapping[str, Any], rows: SparseRows

@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 
+from rapid3rt.adapters.attention import NOT_STOCK
 from rapid3rt.errors import UnsupportedError
 
 
 class PackedAdapter:
     """Base of the adapters of FLUX.1, FLUX.2 and Qwen-Image."""
+
+    attention_kwargs: str
 
     def branches(
         self, pipe: Any, call: int, kwargs: Mapping[str, Any], arguments: Mapping[str, Any]
@@ -63,6 +66,19 @@ class PackedAdapter:
         """The pipelines cast the scheduler's timestep to the latents' dtype, then divide."""
         dtype: torch.dtype = kwargs["timestep"].dtype
         return timestep.to(dtype) / 1000
+
+    def stock_attention(self, transformer: Any) -> list[Any]:
+        """As `Adapter` has it: every family looks for its own processors."""
+        raise NotImplementedError
+
+    def dense_only(self, transformer: Any, kwargs: Mapping[str, Any]) -> str | None:
+        """Our processors take no mask, and stand in for the stock ones alone: fused projections, IP-adapter and PAG
+        bring others.
+        """
+        entries = kwargs.get(self.attention_kwargs)
+        if entries is not None and entries.get("attention_mask") is not None:
+            return "an attention mask goes to every layer"
+        return None if self.stock_attention(transformer) else NOT_STOCK
 
 
 def _is_guided(pipe: Any, arguments: Mapping[str, Any]) -> bool:

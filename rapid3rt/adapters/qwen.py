@@ -27,18 +27,15 @@ from diffusers.models.transformers.transformer_qwenimage import (
 )
 
 from rapid3rt.adapters.attention import (
-    NOT_STOCK,
     SparseProcessor,
     block_sparse,
     exchanged_processors,
 )
 from rapid3rt.adapters.base import (
-    MASKED,
     ControlNetLayout,
     Embedded,
     SparseRows,
     Widths,
-    has_mask,
     is_model,
     take,
     take_entries,
@@ -159,12 +156,6 @@ class QwenAdapter(PackedAdapter):
             for block in transformer.transformer_blocks
             if type(block.attn.processor) is QwenDoubleStreamAttnProcessor2_0
         ]
-
-    def dense_only(self, transformer: Any, kwargs: Mapping[str, Any]) -> str | None:
-        """Other processors are none we can stand in for."""
-        if has_mask(kwargs.get(self.attention_kwargs)):
-            return MASKED
-        return None if self.stock_attention(transformer) else NOT_STOCK
 
     def sparse_attention(
         self, transformer: Any, kwargs: Mapping[str, Any], rows: SparseRows
