@@ -244,9 +244,8 @@ def run(options: Any) -> dict[str, Any]:
             continue
         try:
             results.append(measure(case, names, roofs))
-        except (
-            Exception
-        ) as error:  # whatever a rival or a kernel does, the other cases are still measured
+        # Whatever a rival or a kernel does, the other cases are still measured.
+        except Exception as error:
             failed.append(f"{case}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
             print(f"FAILED: {failed[-1]}", flush=True)
             continue
