@@ -257,6 +257,22 @@ void rising_logits_do_not_overflow() {
   }
 }
 
+// Enough work for two threads: few heads, whose tiles they share, and so many that each takes whole
+// ones.
+void threads_share_heads_or_take_whole_ones() {
+  uint32_t seed = 1;
+  for (const int64_t num_heads : {3, 13}) {
+    for (const int64_t head_dim : {64, 128}) {
+      const float scale = 1 / std::sqrt(float(head_dim));
+      Problem problem({num_heads, 290, 490, 477, head_dim, 32, DType::kBFloat16, 0.6, scale},
+                      seed++);
+      for (int isa = 0; isa <= static_cast<int>(best_isa()); ++isa) {
+        problem.check(static_cast<Isa>(isa), 2);
+      }
+    }
+  }
+}
+
 void exp2_is_as_exact_as_stated() {
   for (const auto& [degree, bound] : {std::pair<int, double>{4, 3.2e-6}, {5, 2.5e-7}}) {
 #ifdef RAPID3RT_AVX2
@@ -279,6 +295,7 @@ int main() {
   rapid3rt::exp2_is_as_exact_as_stated();
   rapid3rt::attention_is_right_and_reads_nothing_else();
   rapid3rt::rising_logits_do_not_overflow();
+  rapid3rt::threads_share_heads_or_take_whole_ones();
   std::printf("attention: ok up to %s\n",
               rapid3rt::kIsaNames[static_cast<int>(rapid3rt::best_isa())]);
 }

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "attention/tile.h"
@@ -14,6 +15,9 @@
 
 namespace rapid3rt {
 namespace {
+
+// So many heads for each thread that one which ends early hardly waits for the others.
+constexpr int64_t kHeadsPerThread = 6;
 
 enum Mode : uint8_t { kDense = 0, kList = 1, kSkip = 2 };
 
@@ -84,10 +88,15 @@ char* aligned(const std::unique_ptr<char[]>& memory) {
 }
 
 // Keys and values in the kernel's own order; only blocks that are visited hold anything.
-struct Packed {
-  std::unique_ptr<char[]> memory;
-  char* blocks = nullptr;  // [R, H, Mk, block_bytes]
-  int64_t block_bytes = 0;
+class Packed {
+ public:
+  Packed(int64_t num_heads, int64_t head_bytes)
+      : head_bytes_(head_bytes), memory_(new char[num_heads * head_bytes + kAlignment]) {}
+  char* head(int64_t i) const { return aligned(memory_) + i * head_bytes_; }
+
+ private:
+  int64_t head_bytes_;
+  std::unique_ptr<char[]> memory_;  // pages come as they are written
 };
 
 // What all tiles of a call share.
@@ -105,11 +114,27 @@ Tile make_tile(const AttentionParams& p) {
   return tile;
 }
 
+// Key blocks that some tile of a head visits.
+template <class Visit>
+void visit_blocks(const AttentionParams& p, int64_t head_id, Visit visit) {
+  const int64_t num_q = ceil_div(p.len_q, p.block_q), num_kv = ceil_div(p.len_kv, p.block_kv);
+  const int64_t row = head_id / p.num_heads, head = head_id % p.num_heads;
+  std::vector<char> is_visited(num_kv, p.mode[head_id] == kDense);
+  for (int64_t block = 0; p.mode[head_id] == kList && block < num_q; ++block) {
+    const int32_t* const index = list_of(p, row, head, block);
+    const int32_t count = count_of(p, row, head, block);
+    for (int32_t i = 0; i < count; ++i) is_visited[index[i]] = 1;
+  }
+  for (int64_t block = 0; block < num_kv; ++block) {
+    if (is_visited[block]) visit(block);
+  }
+}
+
 // One thread's tile, with the memory that it works in.
 class Worker {
  public:
-  Worker(const AttentionParams& p, const TileKernel& kernel, const Packed& packed)
-      : p_(p), kernel_(kernel), packed_(packed), tile_(make_tile(p)), sums_(2 * p.block_q) {
+  Worker(const AttentionParams& p, const TileKernel& kernel)
+      : p_(p), kernel_(kernel), tile_(make_tile(p)), sums_(2 * p.block_q) {
     scratch_.reset(new char[kernel.scratch_bytes(tile_) + kAlignment]);
     tile_.scratch = aligned(scratch_);
     tile_.row_max = sums_.data();
@@ -122,18 +147,18 @@ class Worker {
   Worker(const Worker&) = delete;
   Worker& operator=(const Worker&) = delete;
 
-  void pack(int64_t item) {
-    const int64_t head_id = item / num_kv(), block = item % num_kv();
+  void pack(int64_t head_id, int64_t block, char* head) {
     point_at(head_id / p_.num_heads, head_id % p_.num_heads, 0);
-    kernel_.pack(tile_, block, packed_.blocks + item * packed_.block_bytes);
+    kernel_.pack(tile_, block, head + block * kernel_.packed_bytes(tile_));
   }
 
-  void run(int64_t i) {
+  // head: where its keys and values are packed, or null.
+  void run(int64_t item, const char* head) {
     const int64_t num_q = ceil_div(p_.len_q, p_.block_q);
-    const int64_t item = p_.order == nullptr ? i : p_.order[i];
     const int64_t head_id = item / num_q, block = item % num_q;
     if (p_.mode[head_id] == kSkip) return;
     point_at(head_id / p_.num_heads, head_id % p_.num_heads, block);
+    tile_.packed = head;
     kernel_.run(tile_);
     if (p_.lse == nullptr) return;
     float* const lse = p_.lse + head_id * p_.len_q + block * p_.block_q;
@@ -159,10 +184,6 @@ class Worker {
     tile_.num_kv = p_.kv_len == nullptr ? p_.len_kv : p_.kv_len[row];
     tile_.index = nullptr;
     tile_.num_listed = num_kv();
-    if (packed_.blocks != nullptr) {
-      const int64_t head_id = row * p_.num_heads + head;
-      tile_.packed = packed_.blocks + head_id * num_kv() * packed_.block_bytes;
-    }
     if (p_.mode[row * p_.num_heads + head] == kList) {
       tile_.index = list_of(p_, row, head, block);
       tile_.num_listed = count_of(p_, row, head, block);
@@ -171,48 +192,67 @@ class Worker {
 
   const AttentionParams& p_;
   const TileKernel& kernel_;
-  const Packed& packed_;
   Tile tile_;
   std::vector<float> sums_;
   std::unique_ptr<char[]> scratch_;  // holds garbage at first
 };
 
-// Key blocks (row, head, block) that some tile visits.
-std::vector<int64_t> visited_blocks(const AttentionParams& p, int64_t num_q, int64_t num_kv) {
-  std::vector<int64_t> visited;
-  std::vector<char> is_visited(num_kv);
-  for (int64_t head_id = 0; head_id < p.num_rows * p.num_heads; ++head_id) {
-    const int64_t row = head_id / p.num_heads, head = head_id % p.num_heads;
-    const int mode = p.mode[head_id];
-    std::fill(is_visited.begin(), is_visited.end(), mode == kDense);
-    for (int64_t block = 0; mode == kList && block < num_q; ++block) {
-      const int32_t* const index = list_of(p, row, head, block);
-      const int32_t count = count_of(p, row, head, block);
-      for (int32_t i = 0; i < count; ++i) is_visited[index[i]] = 1;
-    }
-    for (int64_t block = 0; block < num_kv; ++block) {
-      if (is_visited[block]) visited.push_back(head_id * num_kv + block);
+// Heads of the most work first.
+std::vector<int64_t> sorted_heads(const AttentionParams& p) {
+  const int64_t num_heads = p.num_rows * p.num_heads;
+  const int64_t num_q = ceil_div(p.len_q, p.block_q), num_kv = ceil_div(p.len_kv, p.block_kv);
+  std::vector<int64_t> work(num_heads), heads(num_heads);
+  for (int64_t i = 0; i < num_heads; ++i) {
+    heads[i] = i;
+    if (p.mode[i] == kDense) work[i] = num_q * num_kv;
+    for (int64_t block = 0; p.mode[i] == kList && block < num_q; ++block) {
+      work[i] += count_of(p, i / p.num_heads, i % p.num_heads, block);
     }
   }
-  return visited;
+  std::stable_sort(heads.begin(), heads.end(),
+                   [&](int64_t a, int64_t b) { return work[a] > work[b]; });
+  return heads;
 }
 
-Packed pack_blocks(const AttentionParams& p, const TileKernel& kernel, int64_t num_q,
-                   int64_t num_kv, int num_threads) {
-  Packed packed;
-  if (kernel.pack == nullptr) return packed;
-  packed.block_bytes = kernel.packed_bytes(make_tile(p));
-  const int64_t num_blocks = p.num_rows * p.num_heads * num_kv;
-  // Pages come as they are written.
-  packed.memory.reset(new char[num_blocks * packed.block_bytes + kAlignment]);
-  packed.blocks = aligned(packed.memory);
-  const std::vector<int64_t> visited = visited_blocks(p, num_q, num_kv);
-  run_queue(static_cast<int64_t>(visited.size()), num_threads, [&] {
-    return [&, worker = std::make_unique<Worker>(p, kernel, packed)](int64_t i) {
-      worker->pack(visited[i]);
+// Every thread takes whole heads: what it packs stays in its core's cache, and memory for one head
+// per thread is enough.
+void run_heads(const AttentionParams& p, const TileKernel& kernel, int64_t head_bytes,
+               int num_threads) {
+  const int64_t num_q = ceil_div(p.len_q, p.block_q);
+  const std::vector<int64_t> heads = sorted_heads(p);
+  run_queue(static_cast<int64_t>(heads.size()), num_threads, [&] {
+    return [&, worker = std::make_unique<Worker>(p, kernel),
+            packed = std::make_unique<Packed>(1, head_bytes)](int64_t i) {
+      char* const head = packed->head(0);
+      visit_blocks(p, heads[i], [&](int64_t block) { worker->pack(heads[i], block, head); });
+      for (int64_t block = 0; block < num_q; ++block) worker->run(heads[i] * num_q + block, head);
     };
   });
-  return packed;
+}
+
+// Threads share the tiles of all heads.
+void run_tiles(const AttentionParams& p, const TileKernel& kernel, int64_t head_bytes,
+               int num_threads) {
+  const int64_t num_heads = p.num_rows * p.num_heads, num_q = ceil_div(p.len_q, p.block_q);
+  std::unique_ptr<Packed> packed;
+  if (kernel.pack != nullptr) {
+    packed = std::make_unique<Packed>(num_heads, head_bytes);
+    std::vector<std::pair<int64_t, int64_t>> visited;
+    for (int64_t head_id = 0; head_id < num_heads; ++head_id) {
+      visit_blocks(p, head_id, [&](int64_t block) { visited.emplace_back(head_id, block); });
+    }
+    run_queue(static_cast<int64_t>(visited.size()), num_threads, [&] {
+      return [&, worker = std::make_unique<Worker>(p, kernel)](int64_t i) {
+        worker->pack(visited[i].first, visited[i].second, packed->head(visited[i].first));
+      };
+    });
+  }
+  run_queue(num_heads * num_q, num_threads, [&] {
+    return [&, worker = std::make_unique<Worker>(p, kernel)](int64_t i) {
+      const int64_t item = p.order == nullptr ? i : p.order[i];
+      worker->run(item, packed == nullptr ? nullptr : packed->head(item / num_q));
+    };
+  });
 }
 
 }  // namespace
@@ -228,10 +268,12 @@ void block_sparse_attention(const AttentionParams& p) {
   const TileKernel& kernel = choose_kernel(p);
   const int64_t flops = 4 * p.num_rows * p.num_heads * p.len_q * p.len_kv * p.head_dim;
   const int num_threads = flops < kernel.serial_flops ? 1 : p.num_threads;
-  const Packed packed = pack_blocks(p, kernel, num_q, num_kv, num_threads);
-  run_queue(items, num_threads, [&] {
-    return [&, worker = std::make_unique<Worker>(p, kernel, packed)](int64_t i) { worker->run(i); };
-  });
+  const int64_t num_heads = p.num_rows * p.num_heads;
+  const int64_t head_bytes =
+      kernel.pack == nullptr ? 0 : num_kv * kernel.packed_bytes(make_tile(p));
+  const bool by_head =
+      kernel.pack != nullptr && (num_threads == 1 || num_heads >= kHeadsPerThread * num_threads);
+  (by_head ? run_heads : run_tiles)(p, kernel, head_bytes, num_threads);
 }
 
 }  // namespace rapid3rt
