@@ -52,6 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         set_threads(options.threads)
         evaluate(options)
+    except KeyboardInterrupt:
+        print(
+            "evaluate: stopped; the same command goes on with what it has measured", file=sys.stderr
+        )
+        sys.exit(130)
     except (ValueError, OSError, UnsupportedError, StateError) as error:
         sys.exit(f"evaluate: {error}")
 

@@ -119,6 +119,16 @@ def test_restore_leaves_no_trace(pipe: Any) -> None:
     assert set(transformer.__dict__) == keys
 
 
+def test_a_shift_that_was_set_while_accelerated_stays_set(pipe: Any) -> None:
+    before = pipe.scheduler.shift
+    rapid3rt.accelerate(pipe, "steps:3")
+    pipe.scheduler.set_shift(5.0)
+    assert pipe.scheduler.shift == 5.0
+    rapid3rt.restore(pipe)
+    assert pipe.scheduler.shift == 5.0
+    pipe.scheduler.set_shift(before)
+
+
 def test_an_exception_in_the_middle_leaves_the_next_run_clean(pipe: Any) -> None:
     rapid3rt.accelerate(pipe, "threshold:0.3")
     expected = call(pipe, 4)

@@ -246,6 +246,20 @@ def test_an_error_of_the_callers_making_is_one_line(
         evaluate.main([str(BASE), "--model", "tiny-sd3", "--out", str(tmp_path), "--threads", "0"])
 
 
+def test_ctrl_c_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "load_model", stopped)
+    with pytest.raises(SystemExit) as left:
+        evaluate.main([str(BASE), "--model", "tiny-sd3", "--out", str(tmp_path), "--threads", "0"])
+    assert left.value.code == 130
+    told = capsys.readouterr().err
+    assert told == "evaluate: stopped; the same command goes on with what it has measured\n"
+
+
 def test_a_policy_must_be_one_of_this_model_on_the_same_grid(tmp_path: Path) -> None:
     base = calibrated(tmp_path / "base")
     model = json.loads((base / "config.json").read_text())["model"]

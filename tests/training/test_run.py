@@ -452,6 +452,15 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path, world: list[str]) -> Non
         pass
 
 
+def test_a_system_without_flock_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with alone(tmp_path), alone(tmp_path):
+        pass
+    assert "is not guarded against a second run (no flock on this system)" in caplog.text
+
+
 def test_a_policy_of_other_content_is_refused(
     tmp_path: Path, world: list[str], shared: list[str], monkeypatch
 ) -> None:

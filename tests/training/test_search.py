@@ -480,6 +480,20 @@ def test_bad_commands_are_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ctrl_c_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module("training.search.__main__"), "search", stopped)
+    with pytest.raises(SystemExit) as left:
+        main(["tiny-flux", "--budget", "6", "--out", str(tmp_path / "plan.json")])
+    assert left.value.code == 130
+    told = capsys.readouterr().err
+    assert told == "search: stopped; the same command goes on with what it has measured\n"
+
+
 @pytest.fixture(scope="module")
 def pipe() -> Any:
     pipe = rapid3rt.load_tiny("flux")

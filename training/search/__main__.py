@@ -25,6 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     try:
         plan = _search(options)
+    except KeyboardInterrupt:
+        print(
+            "search: stopped; the same command goes on with what it has measured", file=sys.stderr
+        )
+        sys.exit(130)
     except (ValueError, OSError, UnsupportedError, StateError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     print(describe(plan))

@@ -45,6 +45,7 @@ def make_scheduler_twin(real: Any, session: Session) -> Any:
         return make_lockstep_twin(real, session)
     overrides = {"set_timesteps": set_timesteps, "step": step, "scale_noise": scale_noise}
     overrides |= {"set_begin_index": set_begin_index, "_reset_stateful_cache": end_call}
+    overrides |= {"set_shift": set_shift}
     twin = copy.copy(real)
     twin.__class__ = twin_class(type(real), session, overrides)
     return twin
@@ -135,6 +136,15 @@ def set_timesteps(
             watched=is_watched(frame),
         ),
     )
+
+
+def set_shift(self: Any, shift: float) -> None:
+    """The real one's, also on the scheduler itself that the twin is a copy of: `restore` puts that one back."""
+    real_class(self).set_shift(self, shift)  # type: ignore[attr-defined]
+    session: Session = type(self)._rapid3rt_session
+    if self is session.scheduler:
+        _, real, _ = session.real
+        real.set_shift(shift)
 
 
 def end_call(self: Any) -> None:
