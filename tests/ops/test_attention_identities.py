@@ -80,7 +80,7 @@ def test_a_row_depends_on_itself_alone(head_dim: int, block: int, dtype: torch.d
     assert_same("order", attend(heads, mode, (count, index, order), block, kv_len), want)
     torch.set_num_threads(1)
     assert_same("one thread", attend(heads, mode, (count, index, order), block, kv_len), want)
-    torch.set_num_threads(3)
+    torch.set_num_threads(3)  # eight heads do not divide: tiles are shared
     assert_same("three", attend(heads, mode, (count, index, order), block, kv_len), want)
     torch.set_num_threads(2)
     for row in range(geometry.rows):
@@ -88,11 +88,6 @@ def test_a_row_depends_on_itself_alone(head_dim: int, block: int, dtype: torch.d
         lists = (count[part], index[part], None)
         alone = attend([t[part] for t in heads], mode[part], lists, block, kv_len[part])
         assert_same(f"row {row} alone", alone, (want[0][part], want[1][part]))
-    # Of so many heads every thread takes whole ones.
-    many = [torch.cat([t, t]) for t in (*heads, mode, count, index, kv_len)]
-    got = attend(many[:3], many[3], (*many[4:6], None), block, many[6])
-    for half in (slice(0, 4), slice(4, 8)):
-        assert_same("many heads", (got[0][half], got[1][half]), want)
     other = mode.clone()
     other[1:] = 1 - other[1:]
     for t in heads:

@@ -16,9 +16,6 @@
 namespace rapid3rt {
 namespace {
 
-// So many heads for each thread that one which ends early hardly waits for the others.
-constexpr int64_t kHeadsPerThread = 6;
-
 enum Mode : uint8_t { kDense = 0, kList = 1, kSkip = 2 };
 
 const int32_t* list_of(const AttentionParams& p, int64_t row, int64_t head, int64_t block) {
@@ -214,6 +211,13 @@ std::vector<int64_t> sorted_heads(const AttentionParams& p) {
   return heads;
 }
 
+// Whether threads that take whole heads are done at about the same time: several heads each, and at
+// most a tenth of the threads idle in the last round.
+bool heads_divide(int64_t num_heads, int num_threads) {
+  const int64_t rounds = ceil_div(num_heads, num_threads);
+  return num_threads == 1 || (rounds >= 2 && 10 * num_heads >= 9 * rounds * num_threads);
+}
+
 // Every thread takes whole heads: what it packs stays in its core's cache, and memory for one head
 // per thread is enough.
 void run_heads(const AttentionParams& p, const TileKernel& kernel, int64_t head_bytes,
@@ -271,8 +275,7 @@ void block_sparse_attention(const AttentionParams& p) {
   const int64_t num_heads = p.num_rows * p.num_heads;
   const int64_t head_bytes =
       kernel.pack == nullptr ? 0 : num_kv * kernel.packed_bytes(make_tile(p));
-  const bool by_head =
-      kernel.pack != nullptr && (num_threads == 1 || num_heads >= kHeadsPerThread * num_threads);
+  const bool by_head = kernel.pack != nullptr && heads_divide(num_heads, num_threads);
   (by_head ? run_heads : run_tiles)(p, kernel, head_bytes, num_threads);
 }
 
