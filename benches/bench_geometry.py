@@ -13,9 +13,6 @@ rest as often as there are blocks. The estimate is what a planner that measured 
 from __future__ import annotations
 
 import argparse
-import itertools
-import time
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -28,10 +25,9 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from record import save
+from ticks import Script, time_ticks
 
-import rapid3rt
 from rapid3rt.planning.sparsity import DENSITIES
-from rapid3rt.types import COMPUTE, REUSE, ComputeDecision, DenoiseState, Run, StepDecision
 
 STEPS = 4
 FAST = "dense, attention='fast'"
@@ -39,27 +35,9 @@ MODELS = {"sd3-medium": 24, "flux-dev": 57}
 """Blocks of the real ones."""
 
 
-@dataclass
-class Always:
+def always(level: int | None) -> Script:
     """Computes densely in the first tick, then does the same for every image: a sparsity level, or None to reuse."""
-
-    level: int | None
-    name: str = "always"
-    leaves_grid: bool = False
-
-    def begin(self, run: Run) -> None:
-        self.grid, self.costs_of_run = torch.tensor(run.sigmas), run.costs
-
-    def decide_compute(self, state: DenoiseState) -> ComputeDecision:
-        images = len(state.sigma)
-        level = 0 if state.tick == 0 else self.level
-        action = torch.full((images,), REUSE if level is None else COMPUTE, dtype=torch.int8)
-        return ComputeDecision(
-            action=action, sparsity=torch.full((images,), level or 0, dtype=torch.int32)
-        )
-
-    def decide_step(self, state: DenoiseState, velocity: torch.Tensor) -> StepDecision:
-        return StepDecision(next_sigma=self.grid[state.tick + 1].expand(len(state.sigma)).clone())
+    return Script(lambda _, tick: 0 if tick == 0 else level)
 
 
 def make_pipeline(model: str, blocks: int) -> Any:
@@ -109,48 +87,29 @@ def conditions(model: str) -> dict[str, torch.Tensor]:
 
 def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of a tick under each decision, and ratios to the plain pipeline's tick."""
-    pipe, call = make_pipeline(model, options.blocks), conditions(model)
-    stamps: list[float] = []
+    pipe, call = make_pipeline(model, options.blocks), dict[str, Any](conditions(model))
+    call |= {"height": options.size, "width": options.size, "num_inference_steps": STEPS}
 
-    def stamp(_pipe: Any, _step: int, _t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        stamps.append(time.perf_counter())
-        return kwargs
-
-    def tick(policy: Any, attention: str = "exact") -> float:
+    def tick(policy: Script | None, attention: str = "exact") -> float:
         """The median of the ticks between the first, which has nothing to reuse, and the last."""
-        stamps.clear()
-        if policy is not None:
-            rapid3rt.accelerate(pipe, policy, attention=attention)
-        try:
-            latents = pipe(
-                **call,
-                height=options.size,
-                width=options.size,
-                num_inference_steps=STEPS,
-                guidance_scale=3.5,
-                generator=torch.Generator().manual_seed(0),
-                output_type="latent",
-                callback_on_step_end=stamp,
-            ).images
-        finally:
-            if policy is not None:
-                rapid3rt.restore(pipe)
-        if not latents.isfinite().all():
-            raise ArithmeticError(f"{model}: latents must be finite under {policy}")
-        return median([1000 * (b - a) for a, b in itertools.pairwise(stamps)][:-1])
+        noise = torch.Generator().manual_seed(0)
+        arguments = {**call, "guidance_scale": 3.5, "generator": noise}
+        return median(time_ticks(pipe, policy, arguments, attention=attention)[:-1])
 
     levels = range(len(DENSITIES))
     names = ["dense", *(f"level {level}, density {DENSITIES[level]}" for level in levels[1:])]
-    policies = dict(zip(names, map(Always, levels), strict=True))
+    policies = dict(zip(names, map(always, levels), strict=True))
     cases: dict[str, tuple[Any, ...]] = {"plain": (None,)}
     cases |= {name: (policy,) for name, policy in policies.items()}
-    cases |= {FAST: (Always(0), "fast"), "reuse": (Always(None),)}
+    cases |= {FAST: (always(0), "fast"), "reuse": (always(None),)}
     times: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(options.rounds):
         for name, case in cases.items():
             times[name].append(tick(*case))
     ms = {name: median(taken) for name, taken in times.items()}
-    costs = policies["dense"].costs_of_run
+    run = policies["dense"].run
+    assert run is not None
+    costs = run.costs
     estimates = {"plain": 1.0, FAST: 1.0, "reuse": costs.reuse}
     estimates |= dict(zip(names, costs.levels, strict=True))
     outside, deep = ms["reuse"], MODELS[model] / options.blocks

@@ -9,7 +9,6 @@ A tiny pipeline, real weights. Rounds are interleaved; every figure is the media
 from __future__ import annotations
 
 import argparse
-import itertools
 import time
 from dataclasses import replace
 from statistics import median
@@ -17,39 +16,16 @@ from typing import Any
 
 import torch
 from record import save
+from ticks import Script, time_ticks
 
 import rapid3rt
 from rapid3rt.pipeline import BUNDLED_POLICIES
 from rapid3rt.policies.folder import PolicyFolder
 from rapid3rt.policies.learned import Heads, LearnedPolicy
 from rapid3rt.tiny.scenes import sample
-from rapid3rt.types import AUTO, COMPUTE, REUSE, ComputeDecision, DenoiseState, Run, StepDecision
+from rapid3rt.types import AUTO, ComputeDecision, DenoiseState, Run, StepDecision
 
 STEPS = 14
-
-
-class Script:
-    """Per image and tick: computes in its first tick and wherever `pattern(image, tick)` says so, then ends early."""
-
-    name, leaves_grid = "script", False
-
-    def __init__(self, pattern: Any, ends: int | None = None) -> None:
-        self.pattern, self.ends = pattern, ends
-        self.grid = torch.empty(0)
-
-    def begin(self, run: Run) -> None:
-        self.grid = torch.tensor(run.sigmas)
-
-    def decide_compute(self, state: DenoiseState) -> ComputeDecision:
-        wants = [COMPUTE if self.pattern(i, state.tick) else REUSE for i in range(len(state.sigma))]
-        action = torch.tensor(wants, dtype=torch.int8)
-        return ComputeDecision(action=action, sparsity=torch.zeros(len(wants), dtype=torch.int32))
-
-    def decide_step(self, state: DenoiseState, velocity: torch.Tensor) -> StepDecision:
-        target = self.grid[state.tick + 1].expand(len(state.sigma)).clone()
-        if self.ends is not None and state.tick >= self.ends:
-            target[: len(target) // 2] = 0
-        return StepDecision(next_sigma=target)
 
 
 class Timed:
@@ -94,31 +70,11 @@ def main() -> None:
     pipe = rapid3rt.load_tiny(options.model)
     pipe.set_progress_bar_config(disable=True)
     prompts = [s.caption for s in sample(options.batch, 0)]
-    stamps: list[float] = []
 
-    def stamp(_pipe: Any, _step: int, _t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        stamps.append(time.perf_counter())
-        return kwargs
-
-    def ticks(policy: Any, batch: int = options.batch) -> list[float]:
-        """Milliseconds of ticks 1 to the last but one."""
-        stamps.clear()
-        if policy is not None:
-            rapid3rt.accelerate(pipe, policy)
-        try:
-            generators = [torch.Generator().manual_seed(i) for i in range(batch)]
-            pipe(
-                prompts[:batch],
-                num_inference_steps=STEPS,
-                max_sequence_length=32,
-                generator=generators,
-                output_type="latent",
-                callback_on_step_end=stamp,
-            )
-        finally:
-            if policy is not None:
-                rapid3rt.restore(pipe)
-        return [1000 * (b - a) for a, b in itertools.pairwise(stamps)]
+    def ticks(policy: Any, batch: int) -> list[float]:
+        noises = [torch.Generator().manual_seed(i) for i in range(batch)]
+        call = {"prompt": prompts[:batch], "num_inference_steps": STEPS, "max_sequence_length": 32}
+        return time_ticks(pipe, policy, {**call, "generator": noises})
 
     half = options.batch // 2
     heads = Timed(options.model)
@@ -126,13 +82,13 @@ def main() -> None:
         "plain": (None, options.batch, slice(None)),
         "plain, half batch": (None, half, slice(None)),
         "dense": ("dense", options.batch, slice(None)),
-        "all reuse": (Script(lambda i, t: t == 0), options.batch, slice(1, -1)),
+        "all reuse": (Script(lambda i, t: 0 if t == 0 else None), options.batch, slice(1, -1)),
         "half computes, half reuses": (
-            Script(lambda i, t: t == 0 or i % 2),
+            Script(lambda i, t: 0 if t == 0 or i % 2 else None),
             options.batch,
             slice(1, -1),
         ),
-        "half finished": (Script(lambda i, t: True, ends=1), options.batch, slice(2, -1)),
+        "half finished": (Script(lambda i, t: 0, ends=1), options.batch, slice(2, -1)),
         "three heads": (heads, options.batch, slice(1, -1)),
     }
     times: dict[str, list[float]] = {name: [] for name in [*cases, "decisions of three heads"]}
