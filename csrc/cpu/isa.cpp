@@ -74,8 +74,13 @@ Isa detect() {
   return Isa::kAvx2;
 #endif
 }
+bool is_intel() {
+  const Registers vendor = cpuid(0, 0);
+  return vendor.b == 0x756e6547 && vendor.d == 0x49656e69 && vendor.c == 0x6c65746e;
+}
 #else
 Isa detect() { return Isa::kScalar; }
+bool is_intel() { return false; }
 #endif
 
 std::atomic<Isa>& chosen() {
@@ -91,6 +96,11 @@ Isa best_isa() {
 }
 
 Isa current_isa() { return chosen().load(std::memory_order_relaxed); }
+
+bool has_fast_dots() {
+  static const bool fast = !is_intel();
+  return fast;
+}
 
 void force_isa(Isa isa) { chosen().store(isa, std::memory_order_relaxed); }
 

@@ -18,4 +18,8 @@ Isa best_isa();
 Isa current_isa();
 void force_isa(Isa isa);
 
+// Whether the processor sums products of bfloat16 pairs faster than it multiplies floats. Intel's
+// do not: both move as many numbers per cycle, and pairs have to be joined first.
+bool has_fast_dots();
+
 }  // namespace rapid3rt

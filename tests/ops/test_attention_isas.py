@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from attention_calls import ISAS, check_attention, forced
@@ -11,6 +13,7 @@ from rapid3rt import ops
 from rapid3rt.ops import native
 from rapid3rt.testing.attention import Heads, packed_heads, random_lists
 from rapid3rt.testing.cases import DTYPES, Case, cases_of
+from rapid3rt.testing.numerics import assert_same_bits
 
 # Of values around 1: the vector units round in another order, and weights to bfloat16.
 CLOSE = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -89,6 +92,24 @@ def test_the_isas_agree(head_dim: int, dtype: torch.dtype) -> None:
     for out, lse in results.values():
         torch.testing.assert_close(out, want, rtol=0, atol=CLOSE[dtype])
         torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(ISAS[-1] not in ("avx512_bf16", "amx"), reason="no dot products here")
+def test_dot_products_run_where_they_are_the_faster_ones() -> None:
+    """On Intel's processors floats are, wherever AMX cannot run."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        pytest.skip("the maker of the processor is read from Linux")
+    faster = "avx512" if "GenuineIntel" in cpuinfo.read_text() else "avx512_bf16"
+    g = torch.Generator().manual_seed(9)
+    q, k, v = (torch.randn(1, 2, 70, 40, generator=g).bfloat16() for _ in range(3))  # 40: not AMX's
+    arguments = (q, k, v, torch.zeros(1, 2, dtype=torch.uint8), *(None,) * 4, 64, 64, 0.16, True)
+    results = {}
+    for isa in (faster, ISAS[-1]):
+        with forced(isa):
+            results[isa] = ops.block_sparse_attention(*arguments, backend="native")
+    for a, b in zip(results[faster], results[ISAS[-1]], strict=True):
+        assert_same_bits("the faster one", a, b)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
