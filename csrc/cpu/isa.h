@@ -18,8 +18,8 @@ Isa best_isa();
 Isa current_isa();
 void force_isa(Isa isa);
 
-// Whether the processor sums products of bfloat16 pairs faster than it multiplies floats. Intel's
-// do not: both move as many numbers per cycle, and pairs have to be joined first.
+// Whether attention is faster with sums of products of bfloat16 pairs than with floats. Not on
+// Intel's processors, as measured on one with AMX.
 bool has_fast_dots();
 
 }  // namespace rapid3rt

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from rapid3rt.adapters.attention import NOT_STOCK
 from rapid3rt.errors import UnsupportedError
 
 
-class PackedAdapter:
+class PackedAdapter(ABC):
     """Base of the adapters of FLUX.1, FLUX.2 and Qwen-Image."""
 
     attention_kwargs: str
@@ -67,9 +68,9 @@ class PackedAdapter:
         dtype: torch.dtype = kwargs["timestep"].dtype
         return timestep.to(dtype) / 1000
 
+    @abstractmethod
     def stock_attention(self, transformer: Any) -> list[Any]:
         """As `Adapter` has it: every family looks for its own processors."""
-        raise NotImplementedError
 
     def dense_only(self, transformer: Any, kwargs: Mapping[str, Any]) -> str | None:
         """Our processors take no mask, and stand in for the stock ones alone: fused projections, IP-adapter and PAG

@@ -11,13 +11,13 @@
 // weighed anew and the queries concerned, only they, get a higher base.
 //
 // Where the time goes, one core of 4 GHz with 2 MB of second cache, FLUX shape: 450 ns for a unit
-// and its values. Tile products from the first cache take 172 (2.9 TFLOP/s; 3.4 where operands are
+// and its values. Tile products from the first cache take 172 (3.0 TFLOP/s; 3.4 where operands are
 // 0), exponentials alone 88. Beside products they have one floating point port instead of two and
 // take 168, so that mixing both saves a fifth at most. The rest are waits for lines of the second
-// cache: stores that miss the first one most of all, then keys and values. None of these was faster
-// by more than 5 %: weights of two chunks at once, so that they go on beside value products (0.88
-// to 1.04); one panel, chunks of 3 to 16 groups; sums stored between the products of the next unit;
-// prefetches into either cache; TILELOADDT1.
+// cache: for stores that miss the first one, and as long for keys and values. None of these was
+// faster by more than 5 %: weights of two chunks at once, so that they go on beside value products
+// (0.88 to 1.04); one panel, chunks of 3 to 16 groups; sums stored between the products of the next
+// unit; prefetches into either cache; TILELOADDT1.
 #include "attention/amx_tile.h"
 #include "attention/dot512.h"
 

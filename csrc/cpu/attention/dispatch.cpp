@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // block_sparse_attention: checks lists, chooses the kernel, makes one tile per (row, head, query
-// block), runs them longest first.
+// block). Threads take tiles, or whole heads, longest first.
 #include <algorithm>
 #include <cmath>
 #include <limits>
