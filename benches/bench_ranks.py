@@ -23,7 +23,17 @@ from typing import Any
 
 from record import save
 
-RECIPE = ["tiny-sd3", "--threads", "1", "--validation-pairs", "16", "--evaluate-every", "1000"]
+RECIPE = [
+    "tiny-sd3",
+    "--threads",
+    "1",
+    "--validation-pairs",
+    "16",
+    "--calibration-pairs",
+    "16",
+    "--evaluate-every",
+    "1000",
+]
 PHASES = ("rollout", "reward", "update", "discriminator")
 
 

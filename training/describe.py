@@ -20,7 +20,7 @@ def describe(recipe: Recipe) -> str:
         *_geometry(recipe),
         f"rollouts       {rollouts:,} evaluations of an image",
         f"bank           {bank:,}, once for all runs of this model on these pairs",
-        f"validation     {validation:,}",
+        f"served         {validation:,} for validation and calibration",
         f"together       {total:,}: {total / 3600 / 1000:.2f} hours for every millisecond that one takes "
         "(python benches/bench_tick.py measures it)",
     ]
@@ -37,7 +37,8 @@ def count_bank(recipe: Recipe) -> int:
     steps, table = recipe.num_inference_steps, sum(_table(recipe))
     train = REFERENCE_STEPS + (table if recipe.prior else 0) + ("allocation" in recipe.heads)
     train += steps if recipe.omega and has_rollouts(recipe) else 0
-    return train * recipe.pairs + (REFERENCE_STEPS + table) * recipe.validation_pairs
+    calibration = REFERENCE_STEPS * recipe.calibration_pairs if recipe.prior else 0
+    return train * recipe.pairs + (REFERENCE_STEPS + table) * recipe.validation_pairs + calibration
 
 
 def count_rollouts(recipe: Recipe) -> int:
@@ -48,14 +49,17 @@ def count_rollouts(recipe: Recipe) -> int:
 
 
 def count_served(recipe: Recipe) -> int:
-    """Image evaluations of validation: before training, while it lasts, and of all dials in the end."""
+    """Image evaluations of validation, before training and while it lasts, and of the dials' calibration, where sampled
+    heads are measured with what they say and without.
+    """
     times = 1 + -(-recipe.iterations // recipe.evaluate_every) if has_rollouts(recipe) else 0
-    dials = sum(recipe.dials) if recipe.prior else recipe.num_inference_steps
-    last = dials
-    if recipe.prior:
-        further = set(FURTHER_DIALS) - set(recipe.dials)
-        last += sum(dial for dial in further if dial <= recipe.num_inference_steps)
-    return round(recipe.validation_pairs * (times * dials + last))
+    if not recipe.prior:
+        return round(recipe.validation_pairs * times * recipe.num_inference_steps)
+    dials = sum(recipe.dials)
+    further = set(FURTHER_DIALS) - set(recipe.dials)
+    last = sum(dial for dial in further if dial <= recipe.num_inference_steps)
+    last += dials * (2 if has_rollouts(recipe) else 1)
+    return round(recipe.validation_pairs * times * dials + recipe.calibration_pairs * last)
 
 
 def _geometry(recipe: Recipe) -> list[str]:

@@ -18,7 +18,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,10 +46,17 @@ from training.recipes import RECIPES
 from training.rewards import WeightedSum, make_reward, read_options
 from training.seeds import seed_of
 from training.subject import BUNDLED, Subject, load_subject, user_path
-from training.validation import FURTHER_DIALS, Validation, rising
+from training.validation import FURTHER_DIALS, Validation
 from training.ways import folder_digest
 
-_FREE = ("iterations", "checkpoint_every", "keep_checkpoints", "evaluate_every", "rollout_batch")
+_FREE = (
+    "iterations",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "evaluate_every",
+    "rollout_batch",
+    "calibration_pairs",
+)
 """Fields that a run may change when it goes on."""
 _REWARD_OPTIONS = {"scene": {"continuous": True}}
 _SHOWN = 4
@@ -145,6 +152,8 @@ def _train(
     )
     subject = load_subject(recipe, command.banks / recipe.model.replace("/", "--"), ranks)
     heads = make_heads(recipe, subject).to(ranks.device)
+    if subject.calibration is not None:
+        subject.calibration.converged()  # what is wrong with it must not show when all is trained
     trainer = None
     if heads.config.sampled:
         trainer = Trainer(
@@ -167,11 +176,16 @@ def _train(
         best, fitted = 0, _warm_start(heads, subject, recipe, ranks, logs)
     else:
         best, fitted = _iterate(recipe, trainer, validation, checkpoints, contents, logs)
-    logs.say("calibrating the dials")
-    further = FURTHER_DIALS if recipe.prior else ()
-    dials = sorted({*dials_of(recipe), *further}, key=lambda dial: dial or 0.0)
-    dials = [dial for dial in dials if dial is None or dial <= recipe.num_inference_steps]
-    folder = finish(recipe, subject, heads, validation.measure(heads, dials), fitted, best)
+    calibration: tuple[Dial, ...] = ()
+    if subject.calibration is not None:
+        logs.say("calibrating the dials")
+        further = [dial for dial in FURTHER_DIALS if dial <= recipe.num_inference_steps]
+        fresh = replace(validation, bank=subject.calibration)
+        calibration = fresh.calibrate(heads, recipe.dials, further)
+        if heads.config.silent:
+            dials = ", ".join(f"{dial:g}" for dial in heads.config.silent)
+            logs.say(f"the sampled heads gain nothing at the dials {dials} and are silent there")
+    folder = finish(recipe, subject, heads, calibration, fitted, best)
     if ranks.is_main:
         folder.save(command.out / "policy")
     ranks.wait()
@@ -407,7 +421,7 @@ def finish(
     recipe: Recipe,
     subject: Subject,
     heads: Heads,
-    dials: Sequence[Dial],
+    calibration: tuple[Dial, ...],
     fitted: Mapping[str, float],
     best: int | None,
 ) -> PolicyFolder:
@@ -418,6 +432,7 @@ def finish(
         "iteration": best,
         "warm_start": {name: value for name, value in fitted.items() if math.isfinite(value)},
         "validation_pairs": len(subject.validation),
+        "calibration_pairs": 0 if subject.calibration is None else len(subject.calibration),
         "searched": dict(searched.provenance.get("searched", searched.provenance)),
     }
     return PolicyFolder(
@@ -427,7 +442,7 @@ def finish(
         provenance=provenance,
         heads=heads.cpu(),
         order=recipe.order,
-        calibration=rising(dials) if recipe.prior else (),
+        calibration=calibration,
     )
 
 

@@ -20,18 +20,21 @@ from training.config import Recipe
 from training.ranks import Ranks
 
 _TINY, BUNDLED = "tiny-", "bundled"
-_SEEDS = {"train": 11, "validation": 5}
+_SEEDS = {"train": 11, "validation": 5, "calibration": 7}
 """Of the scenes that a split's pairs are drawn with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """searched: the policy folder whose family is the prior. scenes: of every pair, None outside the tiny world."""
+    """searched: the policy folder whose family is the prior. calibration: None for heads without a prior. scenes: of
+    every pair of training, None outside the tiny world.
+    """
 
     pipe: Any
     searched: PolicyFolder
     training: Bank
     validation: Bank
+    calibration: Bank | None
     scenes: Sequence[Scene] | None
 
 
@@ -40,7 +43,7 @@ def load_subject(recipe: Recipe, folder: Path, ranks: Ranks) -> Subject:
 
     Raises ValueError for a model or policy that is not there, and for too few prompts.
     """
-    counts = {"train": recipe.pairs, "validation": recipe.validation_pairs}
+    counts = _counts(recipe)
     prompts = {split: load_prompts(recipe, split, count) for split, count in counts.items()}
     searched = None if recipe.policy == BUNDLED else PolicyFolder.load(user_path(recipe.policy))
     pipe = load_pipeline(recipe, ranks.device)
@@ -66,8 +69,15 @@ def load_subject(recipe: Recipe, folder: Path, ranks: Ranks) -> Subject:
         searched=searched,
         training=banks["train"],
         validation=banks["validation"],
+        calibration=banks.get("calibration"),
         scenes=scenes,
     )
+
+
+def _counts(recipe: Recipe) -> dict[str, int]:
+    """Pairs of every split."""
+    counts = {"train": recipe.pairs, "validation": recipe.validation_pairs}
+    return counts | ({"calibration": recipe.calibration_pairs} if recipe.prior else {})
 
 
 def load_pipeline(recipe: Recipe, device: torch.device) -> Any:
@@ -119,7 +129,7 @@ def load_scenes(split: str, count: int) -> list[Scene]:
 
 
 def load_prompts(recipe: Recipe, split: str, count: int) -> list[str]:
-    """Prompts of a split: of scenes, or of the file's lines, validation from its end."""
+    """Prompts of a split: of scenes, or of the file's lines: validation at its end, calibration before that."""
     if recipe.prompts == "scenes":
         return [scene.caption for scene in load_scenes(split, count)]
     path = user_path(recipe.prompts)
@@ -128,12 +138,17 @@ def load_prompts(recipe: Recipe, split: str, count: int) -> list[str]:
             f"prompts must be 'scenes' or a file with one prompt per line, got {recipe.prompts!r}"
         )
     lines = list(dict.fromkeys(command.read_prompts(path)))
-    needed = recipe.pairs + recipe.validation_pairs
+    counts = _counts(recipe)
+    needed = sum(counts.values())
     if len(lines) < needed:
+        names = "pairs + validation_pairs" + " + calibration_pairs" * ("calibration" in counts)
         raise ValueError(
-            f"prompts must be at least {needed} different lines (pairs + validation_pairs), got {len(lines)} in {path}"
+            f"prompts must be at least {needed} different lines ({names}), got {len(lines)} in {path}"
         )
-    return lines[:count] if split == "train" else lines[-count:]
+    if split == "train":
+        return lines[:count]
+    end = len(lines) - (recipe.validation_pairs if split == "calibration" else 0)
+    return lines[end - count : end]
 
 
 def user_path(text: str) -> Path:

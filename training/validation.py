@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 import rapid3rt
@@ -16,9 +17,11 @@ from rapid3rt.types import ActionCosts
 from training.allocation import TABLE
 from training.bank import Bank, accelerated
 from training.ranks import Ranks
+from training.statistics import Array, at_cost, bootstrap, difference
 
 FURTHER_DIALS = (4.0, 12.0, 17.0, 20.0)
 """That a finished policy is calibrated at, beside those of training."""
+_DRAWS, _SURE = 1000, 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,14 +36,15 @@ class Validation:
 
     def measure(self, heads: Heads, dials: Sequence[float | None]) -> list[Dial]:
         """Means over all pairs at every dial; None: heads without a prior, called 0."""
-        return [self._measure(heads, dial) for dial in dials]
+        return [_mean_of(dial, self.rows(heads, dial)) for dial in dials]
 
-    def _measure(self, heads: Heads, dial: float | None) -> Dial:
+    def rows(self, heads: Heads, dial: float | None) -> torch.Tensor:
+        """Error, equivalent steps and evaluations of every pair, float64 `[n, 3]`."""
         bank, family = self.bank, self.family if heads.config.has_prior else None
         policy = LearnedPolicy(heads, family, order=self.order, dial=dial, costs=self.costs)
         starts = self.ranks.share(range(0, len(bank), bank.batch_size))
         converged = bank.converged()  # by all ranks together, also by one that gets no pairs
-        rows = torch.zeros(len(bank), 3)
+        rows = torch.zeros(len(bank), 3, dtype=torch.float64, device=self.ranks.device)
         for start in starts:
             pairs = range(start, min(start + bank.batch_size, len(bank)))
             with accelerated(bank.pipe, policy):
@@ -48,19 +52,25 @@ class Validation:
                 report = rapid3rt.report(bank.pipe).images
             error = (images - converged[pairs.start : pairs.stop]).square().mean((1, 2, 3))
             for i, pair in enumerate(pairs):
-                rows[pair] = torch.tensor(
-                    [float(error[i]), report[i].equivalent_steps, report[i].nfe]
-                )
-        means = self.ranks.sum(
-            {name: float(rows[:, i].double().sum()) for i, name in enumerate(("m", "E", "nfe"))}
-        )
-        n = len(bank)
-        return Dial(
-            dial=dial or 0.0,
-            equivalent_steps=means["E"] / n,
-            evaluations=means["nfe"] / n,
-            error=means["m"] / n,
-        )
+                values = float(error[i]), report[i].equivalent_steps, float(report[i].nfe)
+                rows[pair] = torch.tensor(values, dtype=torch.float64)
+        self.ranks.add(rows)
+        return rows.cpu()
+
+    def calibrate(
+        self, heads: Heads, dials: Sequence[float], further: Sequence[float]
+    ) -> tuple[Dial, ...]:
+        """Silence sampled heads, in place, at those of the dials where they gain nothing, and measure all dials."""
+        rows = {dial: self.rows(heads, dial) for dial in dials}
+        if heads.config.sampled:
+            spoken, whole = rows, heads.config
+            heads.config = replace(whole, silent=tuple(dials))
+            rows = {dial: self.rows(heads, dial) for dial in dials}
+            silent = silent_dials(rows, spoken, self.bank.prompts)
+            heads.config = replace(whole, silent=silent)
+            rows = {dial: rows[dial] if dial in silent else spoken[dial] for dial in dials}
+        rows |= {dial: self.rows(heads, dial) for dial in further if dial not in rows}
+        return rising([_mean_of(dial, of_dial) for dial, of_dial in rows.items()])
 
     def prior_error(self, equivalent_steps: float) -> float:
         """Error of the searched family, all images alike, at the same cost; NaN without a family, or in few steps."""
@@ -89,6 +99,42 @@ class Validation:
             }
             logs.append(math.log(dial.error / prior if prior == prior else dial.error))
         return metrics, -sum(logs) / len(logs)
+
+
+def silent_dials(
+    alone: Mapping[float, torch.Tensor],
+    spoken: Mapping[float, torch.Tensor],
+    prompts: Sequence[str],
+) -> tuple[float, ...]:
+    """Dials at which heads are not better than what they add to, at equal cost, in 90 % of redraws of the pairs.
+
+    alone, spoken: rows of every dial without and with what the heads say.
+    """
+    draws = bootstrap(prompts, 1, _DRAWS)
+    curve: list[tuple[Array, Array]] = []  # of those dials whose cost rises
+    for rows in alone.values():
+        cost, error = draws.mean(rows[None, :, 1].numpy()), draws.mean(rows[None, :, 0].numpy())
+        if not curve or cost[0] > curve[-1][0][0]:
+            curve.append((cost, error))
+    silent: list[float] = []
+    for dial, rows in spoken.items():
+        cost, error = draws.mean(rows[None, :, 1].numpy()), draws.mean(rows[None, :, 0].numpy())
+        rival = draws.mean(alone[dial][None, :, 0].numpy())
+        if len(curve) > 1:
+            rival = at_cost(cost, np.stack([c for c, _ in curve]), np.stack([e for _, e in curve]))
+        if (difference(error, rival)[1:] < 0).mean() < _SURE:
+            silent.append(dial)
+    return tuple(silent)
+
+
+def _mean_of(dial: float | None, rows: torch.Tensor) -> Dial:
+    error, equivalent_steps, evaluations = rows.mean(0).tolist()
+    return Dial(
+        dial=dial or 0.0,
+        equivalent_steps=equivalent_steps,
+        evaluations=evaluations,
+        error=error,
+    )
 
 
 def rising(dials: Sequence[Dial]) -> tuple[Dial, ...]:

@@ -226,6 +226,7 @@ def _read_heads_config(config: Fields) -> HeadsConfig:
             side=config.optional_integer("side", 1),
             has_prior=config.flag("has_prior"),
             dials=config.numbers("dials", 0.0),
+            silent=config.numbers("silent", 0.0) if "silent" in config.data else (),
         )
     except (ValueError, TypeError) as error:
         if str(error).startswith(config.file):

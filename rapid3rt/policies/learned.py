@@ -66,7 +66,8 @@ class HeadsConfig:
     """Everything that decides the shapes. family: of the model. channels: C of the latent grid that policies see.
     conditioning: D. heads: names, each once. levels: sparsity levels, dense included. side: cells per side that heads
     see, None for all. has_prior: whether heads add to a searched family's walk. dials: b that the allocation is fitted
-    at.
+    at. silent: those of them at which the sampled heads add nothing, because they gained nothing there when it was
+    tried; what they add elsewhere fades towards these.
     """
 
     family: str
@@ -78,6 +79,7 @@ class HeadsConfig:
     side: int | None = None
     has_prior: bool = True
     dials: tuple[float, ...] = (5.0, 6.0, 8.0, 10.0, 14.0)
+    silent: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.heads if name not in HEADS]
@@ -91,6 +93,12 @@ class HeadsConfig:
             )
         if len(self.dials) < 2 or any(not 0 < a < b for a, b in pairwise(self.dials)):
             raise ValueError(f"dials must be at least two, above 0 and rising, got {self.dials}")
+        if not set(self.silent) <= set(self.dials):
+            raise ValueError(f"silent must be some of the dials {self.dials}, got {self.silent}")
+        if self.silent and not self.has_prior:
+            raise ValueError(
+                f"silent must be empty without a prior, which would be left alone, got {self.silent}"
+            )
 
     def outputs(self, head: str) -> int:
         """Numbers that a head gives."""
@@ -100,6 +108,17 @@ class HeadsConfig:
     def sampled(self) -> tuple[str, ...]:
         """The heads whose decisions are random in training."""
         return tuple(name for name in self.heads if name != "allocation")
+
+    def share(self, b: float) -> float:
+        """How much counts of what the sampled heads say, where images get b evaluations in the mean.
+
+        0 at a silent dial, 1 at any other, linear in log b between two; beyond the ends as there.
+        """
+        shares = [float(dial not in self.silent) for dial in self.dials]
+        at = min(max(b, self.dials[0]), self.dials[-1])
+        i = next(i for i, dial in enumerate(self.dials[1:]) if at <= dial)
+        low, high = self.dials[i], self.dials[i + 1]
+        return shares[i] + (shares[i + 1] - shares[i]) * math.log(at / low) / math.log(high / low)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,6 +301,7 @@ class LearnedPolicy:
         self.notes: tuple[str, ...] = ()
         self._seeds, self._record, self._teacher = seeds, record, teacher
         self._noise: Noise | None = None
+        self._share = 1.0
 
     @property
     def allocates(self) -> bool:
@@ -321,6 +341,7 @@ class LearnedPolicy:
             self.prior.begin(run)
             stretches = "allocation" in self.heads.config.heads and self.prior.allocates
             self.notes += misfit_notes(self.prior.family, run, allocates=stretches)
+            self._share = self.heads.config.share(self.prior.mean)
         if self._teacher is not None:
             self._teacher.begin(run)
         self._run = run
@@ -444,8 +465,11 @@ class LearnedPolicy:
         observation = observe(seen, self.heads.config.side)
         conditioning = state.conditioning.bfloat16()
         scalars = self._scalars(state, observation)
-        with torch.no_grad():
-            logits = self.heads(head, observation, conditioning, scalars, prior)
+        logits = prior
+        if self._share > 0:
+            with torch.no_grad():
+                logits = self.heads(head, observation, conditioning, scalars, prior)
+            logits = prior.lerp(logits, self._share)
         if taught is not None:
             action = taught
         elif head == "step":

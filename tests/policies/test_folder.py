@@ -34,6 +34,7 @@ CONFIG = HeadsConfig(
     width=8,
     side=4,
     dials=(5.0, 8.0),
+    silent=(8.0,),
 )
 
 
@@ -82,7 +83,7 @@ def test_what_is_written_is_read(saved: Path) -> None:
 
 
 def test_heads_without_a_prior_have_no_schedule(tmp_path: Path) -> None:
-    config = replace(CONFIG, heads=("cache", "sparse", "step"), has_prior=False)
+    config = replace(CONFIG, heads=("cache", "sparse", "step"), has_prior=False, silent=())
     make(config).save(tmp_path)
     assert not (tmp_path / "schedule.json").exists()
     assert PolicyFolder.load(tmp_path).schedule is None
@@ -148,6 +149,14 @@ def test_weights_of_other_heads_are_named_by_what_is_wrong(saved: Path) -> None:
         assert "\n" not in str(error.value)
 
 
+def test_heads_of_before_there_was_silence_speak(saved: Path) -> None:
+    path = saved / "config.json"
+    document = json.loads(path.read_text())
+    del document["learned"]["heads"]["silent"]
+    path.write_text(json.dumps(document))
+    assert PolicyFolder.load(saved).heads.config.silent == ()
+
+
 def test_weights_that_are_no_numbers_are_named(saved: Path) -> None:
     path = saved / "heads.safetensors"
     weights = load_file(path)
@@ -186,6 +195,8 @@ GONE = object()
         ("learned.heads.has_prior", False, r"learned\.heads: heads must not hold 'allocation'"),
         ("learned.heads.dials", [5, 5], r"learned\.heads: dials must be at least two"),
         ("learned.heads.dials", [5, 8, 9], r"by_name\.allocation\.\w+"),
+        ("learned.heads.silent", [6], r"learned\.heads: silent must be some of the dials"),
+        ("learned.heads.silent", 8, r"learned\.heads\.silent must be a list"),
         ("learned.order", 7, r"learned\.order must be an integer"),
         ("learned.calibration", {}, r"learned\.calibration must be a list"),
         ("learned.calibration", [{"dial": 5}], r"learned\.calibration\[0\]\.equivalent_steps must"),

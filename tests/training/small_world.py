@@ -52,6 +52,7 @@ DIAL = Recipe(
     dials=(4, 6),
     rollout_batch=8,
     validation_pairs=3,
+    calibration_pairs=4,
     checkpoint_every=1,
 )
 PAPER = replace(
@@ -84,9 +85,10 @@ def make_searched() -> PolicyFolder:
 
 def make_bank(folder: Path, recipe: Recipe = DIAL, split: str = "train", **changes: Any) -> Bank:
     """Pairs of scenes' captions and noise."""
-    count = recipe.pairs if split == "train" else recipe.validation_pairs
+    counts = {"train": recipe.pairs, "validation": recipe.validation_pairs}
+    count = counts.get(split, recipe.calibration_pairs)
     values: dict[str, Any] = {
-        "seed": 11 if split == "train" else 5,
+        "seed": {"train": 11, "validation": 5, "calibration": 7}[split],
         "steps": recipe.num_inference_steps,
         "call": call_arguments(recipe),
         "batch_size": 4,
@@ -102,6 +104,7 @@ def make_subject(folder: Path, recipe: Recipe = DIAL, ranks: Ranks | None = None
         searched=make_searched(),
         training=make_bank(folder / "train", recipe, ranks=ranks),
         validation=make_bank(folder / "validation", recipe, "validation", ranks=ranks),
+        calibration=make_bank(folder / "calibration", recipe, "calibration", ranks=ranks),
         scenes=load_scenes("train", recipe.pairs),
     )
 

@@ -20,16 +20,24 @@ from training.rollout import Rollouts
 
 
 def test_the_count_by_hand() -> None:
-    recipe = replace(small_world.DIAL, pairs=10, validation_pairs=4, iterations=5, evaluate_every=2)
+    recipe = replace(
+        small_world.DIAL,
+        pairs=10,
+        validation_pairs=4,
+        calibration_pairs=3,
+        iterations=5,
+        evaluate_every=2,
+    )
     table = 3 + 4 + 5 + 6 + 8
-    assert count_bank(recipe) == (10 + 4) * (80 + table)
+    assert count_bank(recipe) == (10 + 4) * (80 + table) + 3 * 80
     assert count_rollouts(recipe) == 5 * 3 * 4 * 5
-    assert count_served(recipe) == 4 * ((1 + 3) * (4 + 6) + (4 + 6))
+    assert count_served(recipe) == 4 * (1 + 3) * (4 + 6) + 3 * (2 * (4 + 6))
     paper = replace(small_world.PAPER, pairs=10, validation_pairs=4, omega=1.0)
     assert count_bank(paper) == 10 * (80 + 8) + 4 * (80 + table)
     allocation = replace(recipe, heads=("allocation",), pairs=30)
     assert count_rollouts(allocation) == 0
-    assert count_bank(allocation) == 30 * (81 + table) + 4 * (80 + table)
+    assert count_bank(allocation) == 30 * (81 + table) + 4 * (80 + table) + 3 * 80
+    assert count_served(allocation) == 3 * (4 + 6)
     assert "iteration" not in describe(allocation).split("}")[1]
 
 
@@ -37,7 +45,7 @@ def test_the_count_by_hand() -> None:
 def test_a_run_asks_for_what_was_said(tmp_path: Path, monkeypatch) -> None:
     """Counted as images times evaluations; sampled steps may end an image earlier or later than its dial."""
     asked = {"bank": 0.0, "served": 0.0, "rollouts": 0.0}
-    make, collect, measure = Bank._make, Rollouts.collect, run.Validation.measure
+    make, collect, serve = Bank._make, Rollouts.collect, run.Validation.rows
 
     def counted_make(self, *given):
         made = make(self, *given)
@@ -49,14 +57,14 @@ def test_a_run_asks_for_what_was_said(tmp_path: Path, monkeypatch) -> None:
         asked["rollouts"] += float(rollout.nfe.sum())
         return rollout
 
-    def counted_measure(self, heads, dials):
-        measured = measure(self, heads, dials)
-        asked["served"] += len(self.bank) * sum(dial.evaluations for dial in measured)
-        return measured
+    def counted_rows(self, heads, dial):
+        rows = serve(self, heads, dial)
+        asked["served"] += float(rows[:, 2].sum())
+        return rows
 
     monkeypatch.setattr(Bank, "_make", counted_make)
     monkeypatch.setattr(Rollouts, "collect", counted_collect)
-    monkeypatch.setattr(run.Validation, "measure", counted_measure)
+    monkeypatch.setattr(run.Validation, "rows", counted_rows)
     monkeypatch.setattr(training.subject, "load_pipeline", small_run.load_pipeline)
     small_world.make_searched().save(tmp_path / "searched")
     recipe: Recipe = replace(

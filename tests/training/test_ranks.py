@@ -109,8 +109,8 @@ def test_torchrun_starts_one_training(tmp_path: Path) -> None:
     """By the command that users type: side by side, each of them would write every row."""
     out, path = tmp_path / "run", os.pathsep.join(sys.path)
     options = shlex.split("""
-        --pairs 24 --groups 5 --members 2 --iterations 2 --dials 3 4 5 6 --validation-pairs 2 --num-inference-steps 10
-        --resolution 32 --tracker none --evaluate-every 9
+        --pairs 24 --groups 5 --members 2 --iterations 2 --dials 3 4 5 6 --validation-pairs 2 --calibration-pairs 3
+        --num-inference-steps 10 --resolution 32 --tracker none --evaluate-every 9
     """)
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words += ["-m", "training.run", "tiny-sd3", *options, "--out", str(out)]

@@ -40,8 +40,8 @@ from training.rewards.http import HttpReward
 
 OPTIONS = shlex.split("""
     --num-inference-steps 8 --resolution 32 --heads step --head-width 8 --head-side 8 --pairs 6 --groups 2 --members 3
-    --iterations 3 --dials 4 6 --rollout-batch 8 --validation-pairs 2 --evaluate-every 2 --checkpoint-every 1
-    --tracker none --threads 1
+    --iterations 3 --dials 4 6 --rollout-batch 8 --validation-pairs 2 --calibration-pairs 2 --evaluate-every 2
+    --checkpoint-every 1 --tracker none --threads 1
 """)
 
 
@@ -377,7 +377,7 @@ def test_a_wrong_recipe_is_one_line(options: list[str], message: str, capsys) ->
         (None, "prompts must be 'scenes' or a file with one prompt per line, got"),
         ("\n\n  \n", "prompts must hold at least one prompt, got an empty"),
         (b"caf\xe9\n", r"prompts must be a text file in UTF-8, got '.*prompts.txt'"),
-        ("a cat\n" * 50, "prompts must be at least 8 different lines .*, got 1 in"),
+        ("a cat\n" * 50, "prompts must be at least 10 different lines .*, got 1 in"),
         ("\ufeffa cat\na cat\n\u2028", "got 1 in"),
         ("a\u2028b" + "\nc" * 9, "got 2 in"),
         ("\n".join(f"a cat {i}" for i in range(7)), "got 7 in"),
@@ -400,10 +400,18 @@ def test_a_file_of_prompts_serves(tmp_path: Path, world: list[str]) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("\n".join([f"  a red circle {i} " for i in range(10)] + ["", "a red circle 1"]))
     recipe = Recipe(
-        name="x", model="tiny-sd3", heads=("step",), prompts=str(path), pairs=6, validation_pairs=4
+        name="x",
+        model="tiny-sd3",
+        heads=("step",),
+        prompts=str(path),
+        pairs=5,
+        validation_pairs=3,
+        calibration_pairs=2,
     )
-    train = training.subject.load_prompts(recipe, "train", 6)
-    assert train == [f"a red circle {i}" for i in range(6)]
+    expected = {"train": range(5), "validation": range(7, 10), "calibration": range(5, 7)}
+    for split, lines in expected.items():
+        found = training.subject.load_prompts(recipe, split, len(lines))
+        assert found == [f"a red circle {i}" for i in lines]
     own = [*world, "--banks", str(tmp_path / "banks"), "--prompts", str(path)]
     go(tmp_path / "out", own, "--iterations", "1")
     assert len(rows(tmp_path / "out")) == 1
@@ -513,11 +521,11 @@ def test_options_of_rewards_reach_them(tmp_path: Path, world: list[str], monkeyp
 
 
 def test_a_reference_that_is_no_number_ends_the_run_before_training(
-    tmp_path: Path, world: list[str], shared: list[str]
+    tmp_path: Path, world: list[str], shared: list[str], finished: Path
 ) -> None:
     banks = tmp_path / "banks"
-    shutil.copytree(shared[-1], banks)
-    for split in ("validation-2", "train-6"):
+    shutil.copytree(shared[-1], banks)  # the finished run has filled them
+    for split in ("validation-2", "train-6", "calibration-2"):
         (path,) = (banks / "tiny-sd3" / split).glob("steps_80*")
         tensors = load_file(path)
         tensors["images"][1, 0, 5, 5] = math.nan
@@ -640,8 +648,8 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
 def test_the_real_thing(tmp_path: Path) -> None:
     """The bundled pipeline, policy and recipe as a user has them, only less of everything."""
     options = shlex.split("""
-        --pairs 24 --groups 2 --members 2 --iterations 2 --dials 4 6 --validation-pairs 2 --num-inference-steps 10
-        --resolution 32 --tracker none
+        --pairs 24 --groups 2 --members 2 --iterations 2 --dials 4 6 --validation-pairs 2 --calibration-pairs 2
+        --num-inference-steps 10 --resolution 32 --tracker none
     """)
     out, banks = str(tmp_path / "run"), ["--banks", str(tmp_path / "banks")]
     path = os.pathsep.join(sys.path)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ from rapid3rt.policies.schedule import WarpFamily
 from rapid3rt.types import AUTO
 from training.bank import accelerated
 from training.ranks import Ranks
+from training.run import make_heads
 from training.subject import Subject
-from training.validation import FURTHER_DIALS, Validation, rising
+from training.validation import FURTHER_DIALS, Validation, rising, silent_dials
 
 # E as it would be measured: 8 ticks at a speed of 2 ask for 4, which is the dial 5 here.
 CALIBRATION = (
@@ -85,8 +87,6 @@ def test_validation_counts_what_was_served(subject: Subject, ranks: Ranks) -> No
 
 
 def test_untrained_heads_score_as_the_family(subject: Subject, ranks: Ranks) -> None:
-    from training.run import make_heads
-
     validation = Validation(
         bank=subject.validation,
         family=small_world.FAMILY,
@@ -171,6 +171,86 @@ def test_serving_leaves_the_generators_alone(subject: Subject, tmp_path) -> None
     before = torch.get_rng_state()
     call(subject, folder, speed=2.0)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dial", [4.0, 6.0])
+def test_heads_say_nothing_at_a_silent_dial(subject: Subject, dial: float) -> None:
+    heads = small_world.make_trained(small_world.DIAL, subject)
+    spoken = replace(heads.config, silent=())
+
+    def images(silent: tuple[float, ...], **limit: float) -> torch.Tensor:
+        heads.config = replace(spoken, silent=silent)
+        policy = LearnedPolicy(heads, small_world.FAMILY, order=AUTO, **limit)
+        return call(subject, policy)[0]
+
+    other = 10.0 - dial
+    untrained = LearnedPolicy(
+        make_heads(small_world.DIAL, subject), small_world.FAMILY, order=AUTO, dial=dial
+    )
+    assert torch.equal(images((dial,), dial=dial), call(subject, untrained)[0])
+    assert torch.equal(images((dial,), budget=int(dial)), images((4.0, 6.0), budget=int(dial)))
+    assert torch.equal(images((other,), dial=dial), images((), dial=dial))
+    assert not torch.equal(images((dial,), dial=dial), images((), dial=dial))
+    between = images((dial,), dial=5.0)
+    assert not torch.equal(between, images((), dial=5.0))
+    assert not torch.equal(between, images((4.0, 6.0), dial=5.0))
+
+
+def test_how_much_of_the_heads_counts() -> None:
+    config = HeadsConfig(
+        family="sd3", channels=4, conditioning=8, dials=(4.0, 8.0, 16.0), silent=(8.0, 16.0)
+    )
+    shares = [config.share(b) for b in (1, 4, 32**0.5, 8, 9, 16, 28)]
+    assert shares == pytest.approx([1, 1, 0.5, 0, 0, 0, 0])
+    assert replace(config, silent=()).share(6) == 1
+    with pytest.raises(ValueError, match=r"silent must be some of the dials .*, got \(5\.0,\)"):
+        replace(config, silent=(5.0,))
+    with pytest.raises(ValueError, match="silent must be empty without a prior"):
+        replace(config, heads=("step",), has_prior=False)
+
+
+def made_rows(error: float, cost: float, spread: float, n: int = 64) -> torch.Tensor:
+    """Errors that lie `spread` about their mean, in turn above and below."""
+    signs = torch.tensor([1.0, -1.0]).repeat(n // 2)
+    return torch.stack([error + spread * signs, torch.full((n,), cost), torch.full((n,), cost)], 1)
+
+
+def test_heads_are_silenced_where_they_gain_nothing() -> None:
+    prompts = [str(i) for i in range(64)]
+    alone = {4.0: made_rows(4.0, 4.0, 0.0), 8.0: made_rows(2.0, 8.0, 0.0)}  # error 16 / cost
+
+    def silent(rows: dict[float, torch.Tensor]) -> tuple[float, ...]:
+        return silent_dials({dial: alone[dial] for dial in rows}, rows, prompts)
+
+    assert silent(alone) == (4.0, 8.0)
+    assert silent({4.0: made_rows(3.9, 4.0, 0.1), 8.0: made_rows(2.1, 8.0, 0.1)}) == (8.0,)
+    # Less error for more cost is no gain: at 5 the others have 3.2.
+    assert silent({4.0: made_rows(3.4, 5.0, 0.1), 8.0: made_rows(3.1, 5.0, 0.1)}) == (4.0,)
+    # The mean is below, but hangs on a few pairs.
+    assert silent({4.0: made_rows(3.9, 4.0, 9.0), 8.0: made_rows(2.0, 8.0, 0.0)}) == (4.0, 8.0)
+    # Dials that cost the same are compared as they are.
+    same = {4.0: made_rows(4.0, 4.0, 0.0), 4.2: made_rows(4.0, 4.0, 0.0)}
+    spoken = {4.0: made_rows(3.9, 4.0, 0.1), 4.2: made_rows(4.1, 4.0, 0.1)}
+    assert silent_dials(same, spoken, prompts) == (4.2,)
+
+
+@pytest.mark.slow
+def test_a_calibration_is_of_the_heads_as_they_are_left(subject: Subject, ranks: Ranks) -> None:
+    heads = small_world.make_trained(small_world.DIAL, subject)
+    assert subject.calibration is not None
+    validation = Validation(
+        bank=subject.calibration,
+        family=small_world.FAMILY,
+        order=AUTO,
+        costs=small_world.COSTS,
+        ranks=ranks,
+    )
+    rows = validation.rows(heads, 4.0)
+    assert rows.shape == (4, 3)
+    low, middle, high = validation.calibrate(heads, (4.0, 6.0), (5.0, 6.0))
+    assert heads.config.silent  # random heads
+    measured = validation.measure(heads, [4.0, 5.0, 6.0])
+    assert [low, middle, high] == measured
 
 
 def test_a_calibration_pools_what_does_not_rise() -> None:
