@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 import rapid3rt
-from rapid3rt.calibrate.command import make_folder
+from rapid3rt.calibrate.command import make_folder, stop
 from rapid3rt.errors import StateError, UnsupportedError
 from rapid3rt.pipeline import BUNDLED_POLICIES, model_id
 from rapid3rt.planning.jsonfile import write_document
@@ -53,10 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         set_threads(options.threads)
         evaluate(options)
     except KeyboardInterrupt:
-        print(
-            "evaluate: stopped; the same command goes on with what it has measured", file=sys.stderr
-        )
-        sys.exit(130)
+        stop("evaluate: stopped; the same command goes on with what it has measured")
     except (ValueError, OSError, UnsupportedError, StateError) as error:
         sys.exit(f"evaluate: {error}")
 

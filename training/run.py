@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from rapid3rt.calibrate.command import make_folder
+from rapid3rt.calibrate.command import make_folder, stop
 from rapid3rt.errors import StateError, UnsupportedError
 from rapid3rt.policies.folder import PolicyFolder
 from rapid3rt.policies.heads import AllocationHead
@@ -128,12 +128,11 @@ def train(command: Command) -> Path:
         try:
             return _train(command, ranks, checkpoints, contents, held)
         except KeyboardInterrupt:
-            if ranks.is_main:
-                print(
-                    f"training.run: stopped; the same command goes on after iteration {checkpoints.latest() or 0}",
-                    file=sys.stderr,
-                )
-            raise SystemExit(130) from None
+            if not ranks.is_main:
+                raise SystemExit(130) from None
+            stop(
+                f"training.run: stopped; the same command goes on after iteration {checkpoints.latest() or 0}"
+            )
 
 
 def _train(

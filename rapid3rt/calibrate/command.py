@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What command lines share: folders that they write to, files of prompts, pipelines by name."""
+"""What command lines share: folders that they write to, files of prompts, pipelines by name, how Ctrl-C ends them."""
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -20,6 +21,12 @@ def make_folder(out: Path) -> None:
         raise ValueError(
             f"--out must be a folder that can be written to, got {str(out)!r}: {error.strerror}"
         ) from None
+
+
+def stop(message: str) -> NoReturn:
+    """What a Ctrl-C becomes: one line, and the exit status that shells know it by."""
+    print(message, file=sys.stderr)
+    raise SystemExit(130)
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -520,11 +520,12 @@ def test_options_of_rewards_reach_them(tmp_path: Path, world: list[str], monkeyp
     assert "reward_options must be of none, for no reward is used, got 'http.url" in told
 
 
+@pytest.mark.usefixtures("finished")  # it has filled the shared banks
 def test_a_reference_that_is_no_number_ends_the_run_before_training(
-    tmp_path: Path, world: list[str], shared: list[str], finished: Path
+    tmp_path: Path, world: list[str], shared: list[str]
 ) -> None:
     banks = tmp_path / "banks"
-    shutil.copytree(shared[-1], banks)  # the finished run has filled them
+    shutil.copytree(shared[-1], banks)
     for split in ("validation-2", "train-6", "calibration-2"):
         (path,) = (banks / "tiny-sd3" / split).glob("steps_80*")
         tensors = load_file(path)

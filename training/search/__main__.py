@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rapid3rt.calibrate.command import load_pipeline, read_prompts
+from rapid3rt.calibrate.command import load_pipeline, read_prompts, stop
 from rapid3rt.errors import StateError, UnsupportedError, check_number
 from rapid3rt.policies import FixedPlan
 from rapid3rt.tiny import bundled_names, load_tiny
@@ -26,10 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         plan = _search(options)
     except KeyboardInterrupt:
-        print(
-            "search: stopped; the same command goes on with what it has measured", file=sys.stderr
-        )
-        sys.exit(130)
+        stop("search: stopped; the same command goes on with what it has measured")
     except (ValueError, OSError, UnsupportedError, StateError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     print(describe(plan))
