@@ -21,7 +21,9 @@ from training.statistics import Array, at_cost, bootstrap, difference
 
 FURTHER_DIALS = (4.0, 12.0, 17.0, 20.0)
 """That a finished policy is calibrated at, beside those of training."""
-_DRAWS, _SURE = 1000, 0.9
+_DRAWS = 1000
+_SURE = 0.9
+"""Share of redraws in which heads must be better at a dial, or they are silent there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,18 +61,23 @@ class Validation:
 
     def calibrate(
         self, heads: Heads, dials: Sequence[float], further: Sequence[float]
-    ) -> tuple[Dial, ...]:
-        """Silence sampled heads, in place, at those of the dials where they gain nothing, and measure all dials."""
+    ) -> tuple[tuple[Dial, ...], dict[float, Gain]]:
+        """Silence sampled heads, in place, at those of the dials where they gain nothing for sure, and measure all.
+
+        Returns the calibration, and what the heads gained at the dials before any was silenced, empty without any.
+        """
+        gains: dict[float, Gain] = {}
         rows = {dial: self.rows(heads, dial) for dial in dials}
         if heads.config.sampled:
             spoken, whole = rows, heads.config
             heads.config = replace(whole, silent=tuple(dials))
             rows = {dial: self.rows(heads, dial) for dial in dials}
-            silent = silent_dials(rows, spoken, self.bank.prompts)
+            gains = measure_gains(rows, spoken, self.bank.prompts)
+            silent = tuple(dial for dial, gain in gains.items() if gain.surely < _SURE)
             heads.config = replace(whole, silent=silent)
             rows = {dial: rows[dial] if dial in silent else spoken[dial] for dial in dials}
         rows |= {dial: self.rows(heads, dial) for dial in further if dial not in rows}
-        return rising([_mean_of(dial, of_dial) for dial, of_dial in rows.items()])
+        return rising([_mean_of(dial, of_dial) for dial, of_dial in rows.items()]), gains
 
     def prior_error(self, equivalent_steps: float) -> float:
         """Error of the searched family, all images alike, at the same cost; NaN without a family, or in few steps."""
@@ -101,30 +108,37 @@ class Validation:
         return metrics, -sum(logs) / len(logs)
 
 
-def silent_dials(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gain:
+    """What heads do at a dial. ratio: their error over the one at equal cost without them. surely: share of redraws of
+    the pairs in which it is below 1.
+    """
+
+    ratio: float
+    surely: float
+
+
+def measure_gains(
     alone: Mapping[float, torch.Tensor],
     spoken: Mapping[float, torch.Tensor],
     prompts: Sequence[str],
-) -> tuple[float, ...]:
-    """Dials at which heads are not better than what they add to, at equal cost, in 90 % of redraws of the pairs.
-
-    alone, spoken: rows of every dial without and with what the heads say.
-    """
+) -> dict[float, Gain]:
+    """Of every dial. alone, spoken: rows of the dials without and with what the heads say; the same pairs."""
     draws = bootstrap(prompts, 1, _DRAWS)
     curve: list[tuple[Array, Array]] = []  # of those dials whose cost rises
     for rows in alone.values():
         cost, error = draws.mean(rows[None, :, 1].numpy()), draws.mean(rows[None, :, 0].numpy())
         if not curve or cost[0] > curve[-1][0][0]:
             curve.append((cost, error))
-    silent: list[float] = []
+    gains: dict[float, Gain] = {}
     for dial, rows in spoken.items():
         cost, error = draws.mean(rows[None, :, 1].numpy()), draws.mean(rows[None, :, 0].numpy())
         rival = draws.mean(alone[dial][None, :, 0].numpy())
         if len(curve) > 1:
             rival = at_cost(cost, np.stack([c for c, _ in curve]), np.stack([e for _, e in curve]))
-        if (difference(error, rival)[1:] < 0).mean() < _SURE:
-            silent.append(dial)
-    return tuple(silent)
+        relative = difference(error, rival)
+        gains[dial] = Gain(ratio=1 + float(relative[0]), surely=float((relative[1:] < 0).mean()))
+    return gains
 
 
 def _mean_of(dial: float | None, rows: torch.Tensor) -> Dial:

@@ -20,7 +20,7 @@ from training.bank import accelerated
 from training.ranks import Ranks
 from training.run import make_heads
 from training.subject import Subject
-from training.validation import FURTHER_DIALS, Validation, rising, silent_dials
+from training.validation import FURTHER_DIALS, Validation, measure_gains, rising
 
 # E as it would be measured: 8 ticks at a speed of 2 ask for 4, which is the dial 5 here.
 CALIBRATION = (
@@ -220,7 +220,8 @@ def test_heads_are_silenced_where_they_gain_nothing() -> None:
     alone = {4.0: made_rows(4.0, 4.0, 0.0), 8.0: made_rows(2.0, 8.0, 0.0)}  # error 16 / cost
 
     def silent(rows: dict[float, torch.Tensor]) -> tuple[float, ...]:
-        return silent_dials({dial: alone[dial] for dial in rows}, rows, prompts)
+        gains = measure_gains(alone, rows, prompts)
+        return tuple(dial for dial, gain in gains.items() if gain.surely < 0.9)
 
     assert silent(alone) == (4.0, 8.0)
     assert silent({4.0: made_rows(3.9, 4.0, 0.1), 8.0: made_rows(2.1, 8.0, 0.1)}) == (8.0,)
@@ -231,7 +232,9 @@ def test_heads_are_silenced_where_they_gain_nothing() -> None:
     # Dials that cost the same are compared as they are.
     same = {4.0: made_rows(4.0, 4.0, 0.0), 4.2: made_rows(4.0, 4.0, 0.0)}
     spoken = {4.0: made_rows(3.9, 4.0, 0.1), 4.2: made_rows(4.1, 4.0, 0.1)}
-    assert silent_dials(same, spoken, prompts) == (4.2,)
+    gains = measure_gains(same, spoken, prompts)
+    assert [gain.ratio for gain in gains.values()] == pytest.approx([3.9 / 4, 4.1 / 4])
+    assert [gain.surely for gain in gains.values()] == [1, 0]
 
 
 @pytest.mark.slow
@@ -247,7 +250,8 @@ def test_a_calibration_is_of_the_heads_as_they_are_left(subject: Subject, ranks:
     )
     rows = validation.rows(heads, 4.0)
     assert rows.shape == (4, 3)
-    low, middle, high = validation.calibrate(heads, (4.0, 6.0), (5.0, 6.0))
+    (low, middle, high), gains = validation.calibrate(heads, (4.0, 6.0), (5.0, 6.0))
+    assert heads.config.silent == tuple(d for d, gain in gains.items() if gain.surely < 0.9)
     assert heads.config.silent  # random heads
     measured = validation.measure(heads, [4.0, 5.0, 6.0])
     assert [low, middle, high] == measured
