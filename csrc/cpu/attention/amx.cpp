@@ -32,6 +32,7 @@ constexpr int64_t kWeights = kSums / 2;  // words of a unit's weights
 constexpr int64_t kPanels = 2;           // of queries that share a chunk while it is in the cache
 constexpr int64_t kGroups = 8;           // of 32 keys: a chunk
 constexpr float kLimit = 65536;
+constexpr __mmask32 kUpper = 0xaaaaaaaa;  // the upper halves of words
 
 using V = Vectors512;
 using Vec = V::Vec;
@@ -79,6 +80,34 @@ struct Group {
 
 int64_t packed_bytes(const Tile& t) { return 2 * t.head_dim * t.block_kv * 2; }
 
+// x[w] = word w of 16 rows, from `offset` bytes on; a null row is 0. Loads put the quarters of rows
+// together, which leaves half of the shuffles that a transpose of registers takes.
+inline void load_transposed(const char* const (&rows)[kSide], int64_t offset, Vec (&x)[kSide]) {
+  alignas(64) static constexpr char kZeros[kSide * 4] = {};
+  const Word* from[kSide];
+  for (int64_t i = 0; i < kSide; ++i) {
+    from[i] = reinterpret_cast<const Word*>(rows[i] == nullptr ? kZeros : rows[i] + offset);
+  }
+  for (int64_t w = 0; w < kSide; w += 4) {
+    __m512d low[2], high[2];
+    for (int64_t i = 0; i < 2; ++i) {
+      const auto quarters = [&](int64_t first) {
+        Vec q = _mm512_castps128_ps512(_mm_loadu_ps(from[first] + w));
+        q = _mm512_insertf32x4(q, _mm_loadu_ps(from[first + 4] + w), 1);
+        q = _mm512_insertf32x4(q, _mm_loadu_ps(from[first + 8] + w), 2);
+        return _mm512_insertf32x4(q, _mm_loadu_ps(from[first + 12] + w), 3);
+      };
+      const Vec even = quarters(2 * i), odd = quarters(2 * i + 1);
+      low[i] = _mm512_castps_pd(_mm512_unpacklo_ps(even, odd));
+      high[i] = _mm512_castps_pd(_mm512_unpackhi_ps(even, odd));
+    }
+    x[w] = _mm512_castpd_ps(_mm512_unpacklo_pd(low[0], low[1]));
+    x[w + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low[0], low[1]));
+    x[w + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high[0], high[1]));
+    x[w + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high[0], high[1]));
+  }
+}
+
 // What a panel's weights are relative to, in units of log2, and what they add up to.
 struct Softmax {
   Vec base[kVectors], sum[kVectors];
@@ -106,7 +135,7 @@ inline __attribute__((always_inline)) void make_weights(const Word* logits, Word
     const __m512i high = _mm512_add_epi32(_mm512_castps_si512(odd), half);
     // Of every word the upper half of low, then that of high: by a shuffle, which the floating
     // point port does not do; a shift it would.
-    const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_shuffle_epi8(low, upper), high);
+    const __m512i both = _mm512_mask_blend_epi16(kUpper, _mm512_shuffle_epi8(low, upper), high);
     V::store(weights + i * kUnit + c * V::kLanes, _mm512_castsi512_ps(both));
   }
 }
@@ -159,7 +188,7 @@ class TileRun {
       V::store(p_.row_max + i, V::set1(-__builtin_inff()));
       V::store(p_.row_sum + i, V::zero());
     }
-    load_queries<DotProducts>(t_, p_, dim());
+    load_queries();
     bool first = true;
     while (next_chunk()) {
       for (int64_t col = 0; col < padded; col += kPanels * kUnit) {
@@ -170,7 +199,7 @@ class TileRun {
     if (first) {
       for (int64_t i = 0; i < padded * dim(); i += V::kLanes) V::store(p_.output + i, V::zero());
     }
-    store_output<DotProducts>(t_, p_, dim());
+    store_output();
   }
 
  private:
@@ -179,6 +208,52 @@ class TileRun {
   const Word* queries(int64_t col) const { return p_.queries + col * (dim() / 2); }
   Word* weights(int64_t panel, int64_t group) const {
     return weights_ + (panel * kGroups + group) * kWeights;
+  }
+
+  // As the function of flash.h, 32 channels at once.
+  void load_queries() const {
+    const char* const q = static_cast<const char*>(t_.q.data);
+    for (int64_t col = 0; col < round_up(t_.num_q, kUnit); col += kSide) {
+      const char* rows[kSide];
+      for (int64_t i = 0; i < kSide; ++i) {
+        rows[i] = col + i < t_.num_q ? q + (col + i) * t_.q.token * 2 : nullptr;
+      }
+      Word* to = p_.queries + col / kUnit * kUnit * (dim() / 2) + col % kUnit;
+      for (int64_t d = 0; d < dim(); d += kUnit) {
+        Vec words[kSide];
+        load_transposed(rows, 2 * d, words);
+        for (int64_t w = 0; w < kSide; ++w, to += kUnit) {
+          V::store(to, t_.scale < 0 ? DotProducts::negate(words[w]) : words[w]);
+        }
+      }
+    }
+  }
+
+  // As the function of flash.h: two channels become a word before they are transposed, so that a
+  // row of 32 is one store.
+  void store_output() const {
+    for (int64_t col = 0; col < t_.num_q; col += kSide) {
+      const Vec factor = V::inverse_or_zero(V::load(p_.row_sum + col));
+      const int64_t num_rows = smaller(kSide, t_.num_q - col);
+      const Word* from = p_.output + col / kUnit * kUnit * dim() + col % kUnit;
+      char* const out = static_cast<char*>(t_.out) + col * t_.out_token * 2;
+      for (int64_t d = 0; d < dim(); d += kUnit) {
+        Vec words[kSide];
+        for (int64_t w = 0; w < kSide; ++w, from += 2 * kUnit) {
+          const Vec even = V::mul(factor, V::load(from));
+          const Vec odd = V::mul(factor, V::load(from + kUnit));
+          words[w] = DotProducts::round_pairs(even, odd);
+        }
+        V::transpose(words);
+        for (int64_t i = 0; i < num_rows; ++i) {
+          V::store(reinterpret_cast<Word*>(out + (i * t_.out_token + d) * 2), words[i]);
+        }
+      }
+    }
+    for (int64_t i = 0; i < t_.num_q; ++i) {
+      t_.row_max[i] = p_.row_max[i] * kLn2;
+      t_.row_sum[i] = p_.row_sum[i];
+    }
   }
 
   // The next groups of the list; false where there are none.
@@ -359,14 +434,22 @@ void pack(const Tile& t, int64_t block, void* to) {
     }
   }
   for (int64_t group = 0; group < t.block_kv; group += kUnit) {
-    for (int64_t d = 0; d < t.head_dim; d += kSide) {
-      Vec words[kSide];
-      for (int64_t i = 0; i < kSide; ++i) {
-        const int64_t key = first + group + 2 * i;
-        words[i] = DotProducts::join(row(t.v, key), row(t.v, key + 1), d, kSide);
+    const char *even[kSide], *odd[kSide];
+    for (int64_t i = 0; i < kSide; ++i) {
+      even[i] = row(t.v, first + group + 2 * i);
+      odd[i] = row(t.v, first + group + 2 * i + 1);
+    }
+    for (int64_t d = 0; d < t.head_dim; d += kUnit) {
+      Vec low[kSide], high[kSide];  // words of two channels, of even and of odd keys
+      load_transposed(even, 2 * d, low);
+      load_transposed(odd, 2 * d, high);
+      for (int64_t w = 0; w < kSide; ++w, out += 2 * kSide) {
+        const __m512i a = _mm512_castps_si512(low[w]), b = _mm512_castps_si512(high[w]);
+        const __m512i lower = _mm512_mask_blend_epi16(kUpper, a, _mm512_slli_epi32(b, 16));
+        const __m512i upper = _mm512_mask_blend_epi16(kUpper, _mm512_srli_epi32(a, 16), b);
+        V::store(out, _mm512_castsi512_ps(lower));
+        V::store(out + kSide, _mm512_castsi512_ps(upper));
       }
-      V::transpose(words);
-      for (int64_t i = 0; i < kSide; ++i, out += kSide) V::store(out, words[i]);
     }
   }
 }

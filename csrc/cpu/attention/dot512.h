@@ -44,15 +44,20 @@ struct DotProducts {
     }
   }
 
-  // Weights of two keys become one row of words. Their sum is taken before they are rounded.
-  static void make_weights(Word* logits, int64_t num_keys, Vec scale, const Vec (&base)[kVectors],
-                           Vec (&sum)[kVectors]) {
+  // Words of an even and an odd number each.
+  static Vec round_pairs(Vec even, Vec odd) {
     // clang-format off
     alignas(64) static constexpr uint16_t kInterleave[32] = {
         0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     // clang-format on
-    const __m512i interleave = _mm512_load_si512(kInterleave);
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), both));
+  }
+
+  // Weights of two keys become one row of words. Their sum is taken before they are rounded.
+  static void make_weights(Word* logits, int64_t num_keys, Vec scale, const Vec (&base)[kVectors],
+                           Vec (&sum)[kVectors]) {
     for (int64_t i = 0; i < num_keys; i += 2) {
       for (int c = 0; c < kVectors; ++c) {
         const Word* const from = logits + (i * kVectors + c) * V::kLanes;
@@ -62,9 +67,7 @@ struct DotProducts {
           odd = V::exp2<4>(V::fms(V::load(from + kVectors * V::kLanes), scale, base[c]));
         }
         sum[c] = V::add(sum[c], V::add(even, odd));
-        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-        Word* const to = logits + (i / 2 * kVectors + c) * V::kLanes;
-        V::store(to, _mm512_castsi512_ps(_mm512_permutexvar_epi16(interleave, both)));
+        V::store(logits + (i / 2 * kVectors + c) * V::kLanes, round_pairs(even, odd));
       }
     }
   }
