@@ -46,7 +46,7 @@ class Validation:
         policy = LearnedPolicy(heads, family, order=self.order, dial=dial, costs=self.costs)
         starts = self.ranks.share(range(0, len(bank), bank.batch_size))
         converged = bank.converged()  # by all ranks together, also by one that gets no pairs
-        rows = torch.zeros(len(bank), 3, dtype=torch.float64, device=self.ranks.device)
+        rows = torch.zeros(len(bank), 3, dtype=torch.float64)
         for start in starts:
             pairs = range(start, min(start + bank.batch_size, len(bank)))
             with accelerated(bank.pipe, policy):
@@ -56,7 +56,9 @@ class Validation:
             for i, pair in enumerate(pairs):
                 values = float(error[i]), report[i].equivalent_steps, float(report[i].nfe)
                 rows[pair] = torch.tensor(values, dtype=torch.float64)
-        self.ranks.add(rows)
+        if self.ranks.count > 1:
+            rows = rows.to(self.ranks.device)
+            self.ranks.add(rows)
         return rows.cpu()
 
     def calibrate(
