@@ -52,16 +52,23 @@ NOT_SASS = ("LDL", "STL")
 
 pytestmark = pytest.mark.slow
 
+# pip puts tools beside its packages, not on PATH.
+TOOLS = os.pathsep.join([os.environ["PATH"], f"{sysconfig.get_path('purelib')}/nvidia/cu13/bin"])
+
 needs_nvcc = pytest.mark.skipif(
     shutil.which("nvcc") is None, reason="no nvcc on PATH: the CUDA kernels are NOT checked"
 )
 Report = dict[str, dict[str, Any]]
 
 
-def run(*command: str | Path) -> str:
+def run(*command: str | Path, path: str = os.environ["PATH"]) -> str:
     """What a command prints, both streams."""
     done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, check=False
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PATH": path},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -136,6 +143,11 @@ def count_instructions(text: str, names: tuple[str, ...]) -> dict[str, dict[str,
     return found
 
 
+def shows_machine_code() -> bool:
+    """Whether the tools for it are there; cuobjdump calls nvdisasm."""
+    return all(shutil.which(name, path=TOOLS) for name in ("cuobjdump", "nvdisasm"))
+
+
 def compile_unit(unit: Path, folder: Path) -> dict[str, Any]:
     """Compile one unit for all architectures, and tell what came of it."""
     made = folder / f"{unit.stem}.o"
@@ -145,8 +157,8 @@ def compile_unit(unit: Path, folder: Path) -> dict[str, Any]:
         "kernels": list(parse_ptxas(told)),
         "instructions": None,
     }
-    if shutil.which("cuobjdump") and shutil.which("nvdisasm"):
-        listing = run("cuobjdump", "-sass", made)
+    if shows_machine_code():
+        listing = run("cuobjdump", "-sass", made, path=TOOLS)
         result["instructions"] = count_instructions(listing, (*SASS, *NOT_SASS))
     if "attention" in unit.parts:
         ptx = folder / f"{unit.stem}.ptx"
@@ -166,8 +178,7 @@ def compile_unit(unit: Path, folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     """What compiling every unit told, by its name."""
-    has_sass = shutil.which("cuobjdump") is not None and shutil.which("nvdisasm") is not None
-    kept = CACHE / f"{fingerprint()}{'-sass' * has_sass}.json"
+    kept = CACHE / f"{fingerprint()}{'-sass' * shows_machine_code()}.json"
     if kept.exists():
         known: Report = json.loads(kept.read_text())
         return known
@@ -222,7 +233,7 @@ def test_attention_is_written_in_the_instructions_meant(report: Report) -> None:
 def test_machine_code_holds_the_instructions_meant(report: Report) -> None:
     if any(told["instructions"] is None for told in report.values()):
         pytest.skip(
-            "machine code is NOT checked: cuobjdump and nvdisasm must both be on PATH "
+            "machine code is NOT checked: cuobjdump and nvdisasm are missing "
             "(pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)"
         )
     attention = 0
