@@ -342,6 +342,7 @@ class LearnedPolicy:
             stretches = "allocation" in self.heads.config.heads and self.prior.allocates
             self.notes += misfit_notes(self.prior.family, run, allocates=stretches)
             self._share = self.heads.config.share(self.prior.mean)
+            self.notes += self._tell_silence()
         if self._teacher is not None:
             self._teacher.begin(run)
         self._run = run
@@ -354,6 +355,17 @@ class LearnedPolicy:
         self._velocity: torch.Tensor | None = None
         self._stretch = torch.ones(run.images, device=run.device)
         self._left = unknown
+
+    def _tell_silence(self) -> tuple[str, ...]:
+        assert self.prior is not None
+        names = ", ".join(self.heads.config.sampled)
+        if not names or self._share == 1:
+            return ()
+        counts = f"counts {self._share:.0%}" if self._share else "is silent"
+        return (
+            f"{names}: {counts} at {self.prior.mean:.3g} evaluations in the mean; heads were no gain "
+            f"{'near there' if self._share else 'there'} when they were tried",
+        )
 
     def _setting(self, ticks: int, speed: float) -> float:
         """The dial of a speed. Raises `ValueError` where it was not measured and the nearest will not do."""

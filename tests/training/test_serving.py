@@ -178,22 +178,27 @@ def test_heads_say_nothing_at_a_silent_dial(subject: Subject, dial: float) -> No
     heads = small_world.make_trained(small_world.DIAL, subject)
     spoken = replace(heads.config, silent=())
 
-    def images(silent: tuple[float, ...], **limit: float) -> torch.Tensor:
+    def images(silent: tuple[float, ...], told: str = "", **limit: float) -> torch.Tensor:
         heads.config = replace(spoken, silent=silent)
         policy = LearnedPolicy(heads, small_world.FAMILY, order=AUTO, **limit)
-        return call(subject, policy)[0]
+        made, _, notes = call(subject, policy)
+        assert told in "\n".join(notes)
+        assert told or not notes
+        return made
 
     other = 10.0 - dial
     untrained = LearnedPolicy(
         make_heads(small_world.DIAL, subject), small_world.FAMILY, order=AUTO, dial=dial
     )
-    assert torch.equal(images((dial,), dial=dial), call(subject, untrained)[0])
-    assert torch.equal(images((dial,), budget=int(dial)), images((4.0, 6.0), budget=int(dial)))
+    silent = f"step: is silent at {dial:g} evaluations in the mean"
+    assert torch.equal(images((dial,), silent, dial=dial), call(subject, untrained)[0])
+    by_budget = images((4.0, 6.0), silent, budget=int(dial))
+    assert torch.equal(images((dial,), silent, budget=int(dial)), by_budget)
     assert torch.equal(images((other,), dial=dial), images((), dial=dial))
-    assert not torch.equal(images((dial,), dial=dial), images((), dial=dial))
-    between = images((dial,), dial=5.0)
+    assert not torch.equal(images((dial,), silent, dial=dial), images((), dial=dial))
+    between = images((dial,), "step: counts ", dial=5.0)
     assert not torch.equal(between, images((), dial=5.0))
-    assert not torch.equal(between, images((4.0, 6.0), dial=5.0))
+    assert not torch.equal(between, images((4.0, 6.0), "step: is silent at 5", dial=5.0))
 
 
 def test_how_much_of_the_heads_counts() -> None:
