@@ -35,9 +35,10 @@ def has_rollouts(recipe: Recipe) -> bool:
 def count_bank(recipe: Recipe) -> int:
     """Image evaluations of the bank: references, tables of the family, what warm starts and the discriminator see."""
     steps, table = recipe.num_inference_steps, sum(_table(recipe))
-    train = REFERENCE_STEPS + (table if recipe.prior else 0) + ("allocation" in recipe.heads)
+    reference = REFERENCE_STEPS + ("allocation" in recipe.heads)
+    train = reference + (table if recipe.prior else 0)
     train += steps if recipe.omega and has_rollouts(recipe) else 0
-    calibration = REFERENCE_STEPS * recipe.calibration_pairs if recipe.prior else 0
+    calibration = reference * recipe.calibration_pairs if recipe.prior else 0
     return train * recipe.pairs + (REFERENCE_STEPS + table) * recipe.validation_pairs + calibration
 
 

@@ -16,7 +16,7 @@ import difflib
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from rapid3rt.errors import StateError, UnsupportedError
 from rapid3rt.policies.folder import PolicyFolder
 from rapid3rt.policies.heads import AllocationHead
 from rapid3rt.policies.learned import Dial, Heads, HeadsConfig
-from training.allocation import fit_head, read_pairs
+from training.allocation import fit_head, planned_steps, read_conditioning, read_pairs
 from training.bank import REFERENCE_STEPS
 from training.checkpoint import Checkpoints, alone, differences, random_state, set_random_state
 from training.clone import clone
@@ -181,7 +181,9 @@ def _train(
         logs.say("calibrating the dials")
         further = [dial for dial in FURTHER_DIALS if dial <= recipe.num_inference_steps]
         fresh = replace(validation, bank=subject.calibration)
-        calibration, gains = fresh.calibrate(heads, recipe.dials, further)
+        calibration, gains = fresh.calibrate(
+            heads, recipe.dials, further, _plan_excess(heads, subject, recipe)
+        )
         for dial, gain in gains.items():
             logs.say(
                 f"dial {dial:g}: {gain.ratio:.2f} of the error without the sampled heads, below 1 in "
@@ -193,6 +195,27 @@ def _train(
     ranks.wait()
     logs.say(f"policy: {command.out / 'policy'}")
     return command.out / "policy"
+
+
+def _plan_excess(heads: Heads, subject: Subject, recipe: Recipe) -> Callable[[float], float] | None:
+    """Of a dial: by how many steps the plans of the calibration pairs exceed those of all pairs, in the mean.
+
+    Captions alone decide on plans, so the training pairs can say what is usual too. None without an allocation.
+    """
+    bank = subject.calibration
+    if bank is None or "allocation" not in heads.config.heads:
+        return None
+    head = heads.by_name["allocation"]
+    assert isinstance(head, AllocationHead)
+    own, others = read_conditioning(bank), read_conditioning(subject.training)
+    every = torch.cat([own, others])
+
+    def excess(dial: float) -> float:
+        plans = (planned_steps(head, x, dial, recipe.num_inference_steps) for x in (own, every))
+        mine, usual = (float(plan.double().mean()) for plan in plans)
+        return mine - usual
+
+    return excess
 
 
 def _iterate(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -62,16 +62,22 @@ class Validation:
         return rows.cpu()
 
     def calibrate(
-        self, heads: Heads, dials: Sequence[float], further: Sequence[float]
+        self,
+        heads: Heads,
+        dials: Sequence[float],
+        further: Sequence[float],
+        excess: Callable[[float], float] | None = None,
     ) -> tuple[tuple[Dial, ...], dict[float, Gain]]:
         """Silence sampled heads, in place, at those of the dials where they gain nothing for sure, and measure all.
 
+        excess: by how many steps these pairs' plans at a dial exceed the usual ones: their cost is lessened by as much.
         Returns the calibration, and what the heads gained at the dials before any was silenced, empty without any.
         """
         gains: dict[float, Gain] = {}
+        heads.config = whole = replace(heads.config, silent=())
         rows = {dial: self.rows(heads, dial) for dial in dials}
         if heads.config.sampled:
-            spoken, whole = rows, heads.config
+            spoken = rows
             heads.config = replace(whole, silent=tuple(dials))
             rows = {dial: self.rows(heads, dial) for dial in dials}
             gains = measure_gains(rows, spoken, self.bank.prompts)
@@ -79,7 +85,17 @@ class Validation:
             heads.config = replace(whole, silent=silent)
             rows = {dial: rows[dial] if dial in silent else spoken[dial] for dial in dials}
         rows |= {dial: self.rows(heads, dial) for dial in further if dial not in rows}
-        return rising([_mean_of(dial, of_dial) for dial, of_dial in rows.items()]), gains
+        measured = [_mean_of(dial, of_dial) for dial, of_dial in rows.items()]
+        if excess is not None:
+            measured = [self._without(excess(dial.dial), dial) for dial in measured]
+        return rising(measured), gains
+
+    def _without(self, steps: float, dial: Dial) -> Dial:
+        return replace(
+            dial,
+            equivalent_steps=dial.equivalent_steps - steps * self.costs.levels[0],
+            evaluations=dial.evaluations - steps,
+        )
 
     def prior_error(self, equivalent_steps: float) -> float:
         """Error of the searched family, all images alike, at the same cost; NaN without a family, or in few steps."""

@@ -16,9 +16,10 @@ from rapid3rt.policies.folder import PolicyFolder
 from rapid3rt.policies.learned import Dial, Heads, HeadsConfig, LearnedPolicy
 from rapid3rt.policies.schedule import WarpFamily
 from rapid3rt.types import AUTO
+from training.allocation import planned_steps, read_conditioning
 from training.bank import accelerated
 from training.ranks import Ranks
-from training.run import make_heads
+from training.run import _plan_excess, make_heads
 from training.subject import Subject
 from training.validation import FURTHER_DIALS, Validation, measure_gains, rising
 
@@ -260,6 +261,33 @@ def test_a_calibration_is_of_the_heads_as_they_are_left(subject: Subject, ranks:
     assert heads.config.silent  # random heads
     measured = validation.measure(heads, [4.0, 5.0, 6.0])
     assert [low, middle, high] == measured
+    silenced, _ = validation.calibrate(heads, (4.0, 6.0), (), lambda dial: dial / 8)
+    for dial, before in zip(silenced, (low, high), strict=True):
+        assert dial.evaluations == before.evaluations - dial.dial / 8
+        assert dial.equivalent_steps == pytest.approx(before.equivalent_steps - dial.dial / 8)
+        assert dial.error == before.error
+
+
+def test_plans_of_the_calibration_are_held_against_all_plans(subject: Subject) -> None:
+    assert _plan_excess(make_heads(small_world.DIAL, subject), subject, small_world.DIAL) is None
+    recipe = replace(small_world.DIAL, heads=("allocation",), pairs=24)
+    heads = make_heads(recipe, subject)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for parameter in heads.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+    excess = _plan_excess(heads, subject, recipe)
+    assert excess is not None
+    assert subject.calibration is not None
+    own, others = (read_conditioning(bank) for bank in (subject.calibration, subject.training))
+    head = heads.by_name["allocation"]
+    plans = [planned_steps(head, x, 6.0, 8).tolist() for x in (own, others)]
+    usual = sum(map(sum, plans)) / sum(map(len, plans))
+    assert excess(6.0) == pytest.approx(sum(plans[0]) / len(plans[0]) - usual)
+    assert excess(6.0) != 0
+    same = _plan_excess(heads, replace(subject, calibration=subject.training), recipe)
+    assert same is not None
+    assert same(6.0) == pytest.approx(0)
 
 
 def test_a_calibration_pools_what_does_not_rise() -> None:
