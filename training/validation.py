@@ -143,15 +143,20 @@ def measure_gains(
 ) -> dict[float, Gain]:
     """Of every dial. alone, spoken: rows of the dials without and with what the heads say; the same pairs."""
     draws = bootstrap(prompts, 1, _DRAWS)
+
+    def means(rows: torch.Tensor) -> tuple[Array, Array]:
+        """Cost and error, draw by draw."""
+        return draws.mean(rows[None, :, 1].numpy()), draws.mean(rows[None, :, 0].numpy())
+
     curve: list[tuple[Array, Array]] = []  # of those dials whose cost rises
     for rows in alone.values():
-        cost, error = draws.mean(rows[None, :, 1].numpy()), draws.mean(rows[None, :, 0].numpy())
+        cost, error = means(rows)
         if not curve or cost[0] > curve[-1][0][0]:
             curve.append((cost, error))
     gains: dict[float, Gain] = {}
     for dial, rows in spoken.items():
-        cost, error = draws.mean(rows[None, :, 1].numpy()), draws.mean(rows[None, :, 0].numpy())
-        rival = draws.mean(alone[dial][None, :, 0].numpy())
+        cost, error = means(rows)
+        _, rival = means(alone[dial])
         if len(curve) > 1:
             rival = at_cost(cost, np.stack([c for c, _ in curve]), np.stack([e for _, e in curve]))
         relative = difference(error, rival)

@@ -17,7 +17,7 @@ from rapid3rt.policies.learned import Dial, Heads, HeadsConfig, LearnedPolicy
 from rapid3rt.policies.schedule import WarpFamily
 from rapid3rt.types import AUTO
 from training.allocation import planned_steps, read_conditioning
-from training.bank import accelerated
+from training.bank import Bank, accelerated
 from training.ranks import Ranks
 from training.run import _plan_excess, make_heads
 from training.subject import Subject
@@ -53,6 +53,12 @@ def call(subject: Subject, policy, **dial) -> tuple[torch.Tensor, list[float], l
     return images, [image.nfe for image in report.images], list(report.notes)
 
 
+def validate(bank: Bank | None, ranks: Ranks) -> Validation:
+    assert bank is not None
+    family, costs = small_world.FAMILY, small_world.COSTS
+    return Validation(bank=bank, family=family, order=AUTO, costs=costs, ranks=ranks)
+
+
 def test_a_saved_policy_gives_the_pictures_of_validation(subject: Subject, tmp_path) -> None:
     served, nfe, _ = call(subject, save(subject, tmp_path), speed=2.0)
     heads = small_world.make_trained(small_world.DIAL, subject)
@@ -67,13 +73,7 @@ def test_a_saved_policy_gives_the_pictures_of_validation(subject: Subject, tmp_p
 @pytest.mark.slow
 def test_validation_counts_what_was_served(subject: Subject, ranks: Ranks) -> None:
     heads = small_world.make_trained(small_world.DIAL, subject)
-    validation = Validation(
-        bank=subject.validation,
-        family=small_world.FAMILY,
-        order=AUTO,
-        costs=small_world.COSTS,
-        ranks=ranks,
-    )
+    validation = validate(subject.validation, ranks)
     (measured,) = validation.measure(heads, [5.0])
     policy = LearnedPolicy(heads, small_world.FAMILY, order=AUTO, dial=5.0)
     images, nfe, _ = call(subject, policy)
@@ -88,13 +88,7 @@ def test_validation_counts_what_was_served(subject: Subject, ranks: Ranks) -> No
 
 
 def test_untrained_heads_score_as_the_family(subject: Subject, ranks: Ranks) -> None:
-    validation = Validation(
-        bank=subject.validation,
-        family=small_world.FAMILY,
-        order=AUTO,
-        costs=small_world.COSTS,
-        ranks=ranks,
-    )
+    validation = validate(subject.validation, ranks)
     heads = make_heads(small_world.DIAL, subject)
     _, score = validation.judge(validation.measure(heads, [4.0, 6.0]))
     assert score == pytest.approx(0.0, abs=0.02)
@@ -246,14 +240,7 @@ def test_heads_are_silenced_where_they_gain_nothing() -> None:
 @pytest.mark.slow
 def test_a_calibration_is_of_the_heads_as_they_are_left(subject: Subject, ranks: Ranks) -> None:
     heads = small_world.make_trained(small_world.DIAL, subject)
-    assert subject.calibration is not None
-    validation = Validation(
-        bank=subject.calibration,
-        family=small_world.FAMILY,
-        order=AUTO,
-        costs=small_world.COSTS,
-        ranks=ranks,
-    )
+    validation = validate(subject.calibration, ranks)
     rows = validation.rows(heads, 4.0)
     assert rows.shape == (4, 3)
     (low, middle, high), gains = validation.calibrate(heads, (4.0, 6.0), (5.0, 6.0))
