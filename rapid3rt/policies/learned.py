@@ -67,7 +67,7 @@ class HeadsConfig:
     conditioning: D. heads: names, each once. levels: sparsity levels, dense included. side: cells per side that heads
     see, None for all. has_prior: whether heads add to a searched family's walk. dials: b that the allocation is fitted
     at. silent: those of them at which the sampled heads add nothing, because they gained nothing there when it was
-    tried; what they add elsewhere fades towards these.
+    tried; what they add elsewhere is nothing from half-way to these.
     """
 
     family: str
@@ -112,13 +112,16 @@ class HeadsConfig:
     def share(self, b: float) -> float:
         """How much counts of what the sampled heads say, where images get b evaluations in the mean.
 
-        0 at a silent dial, 1 at any other, linear in log b between two; beyond the ends as there.
+        1 at a dial that is not silent and for a quarter of the way, in log b, to one that is, then falling linearly
+        to 0 half-way, so that heads are never heard nearer to a dial that they do no good; beyond the ends as there.
         """
         shares = [float(dial not in self.silent) for dial in self.dials]
         at = min(max(b, self.dials[0]), self.dials[-1])
         i = next(i for i, dial in enumerate(self.dials[1:]) if at <= dial)
         low, high = self.dials[i], self.dials[i + 1]
-        return shares[i] + (shares[i + 1] - shares[i]) * math.log(at / low) / math.log(high / low)
+        way = math.log(at / low) / math.log(high / low)
+        between = (1 - way) * shares[i] + way * shares[i + 1]
+        return between if shares[i] == shares[i + 1] else min(max(4 * between - 2, 0.0), 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
