@@ -4,6 +4,7 @@
 
 namespace rapid3rt {
 const TileKernel kAvx2Tile = {
-    run_float<Vectors256>, flash_scratch_bytes, 6000000, nullptr, nullptr, nullptr, nullptr};
+    run_float<Vectors256>,          flash_scratch_bytes,   6000000, nullptr, nullptr,
+    packed_float_bytes<Vectors256>, pack_float<Vectors256>};
 
 }  // namespace rapid3rt

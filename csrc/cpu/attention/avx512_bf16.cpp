@@ -5,6 +5,7 @@
 namespace rapid3rt {
 
 const TileKernel kAvx512Bf16Tile = {
-    run_any_dim<DotProducts>, flash_scratch_bytes, 24000000, nullptr, nullptr, nullptr, nullptr};
+    run_any_dim<DotProducts>,  flash_scratch_bytes, 24000000, nullptr, nullptr,
+    packed_bytes<DotProducts>, pack<DotProducts>};
 
 }  // namespace rapid3rt

@@ -11,6 +11,7 @@ struct DotProducts {
   using V = Vectors512;
   using Vec = V::Vec;
   static constexpr int kPair = 2, kType = kBFloat16;
+  static constexpr bool kConverts = false;
 
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
   static Vec negate(Vec x) { return _mm512_xor_ps(x, signs()); }
@@ -21,27 +22,14 @@ struct DotProducts {
     return _mm512_maskz_loadu_ps(V::first(n), row + 4 * word);
   }
 
-  static void load_keys(const Plan& p, int64_t num_keys, int64_t) { pad_keys(p, num_keys); }
-
-  // n channels from d on of two rows, paired; a null row is 0.
-  static Vec join(const char* even, const char* odd, int64_t d, int64_t n) {
-    const __m512i low = even == nullptr ? _mm512_setzero_si512() : widen(even + 2 * d, n);
+  // n channels from d on of two rows, paired; no odd one is zeros.
+  static Vec load_values(const char* even, const char* odd, int64_t d, int64_t n) {
+    const __m512i low = widen(even + 2 * d, n);
     const __m512i high = odd == nullptr ? _mm512_setzero_si512() : widen(odd + 2 * d, n);
     return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
   static __m512i widen(const char* from, int64_t n) {
     return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(V::first(n), from));
-  }
-
-  static void load_values(const Plan& p, int64_t num_keys, int64_t dim) {
-    for (int64_t i = 0; i < num_keys; i += 2) {
-      Word* const to = p.values + i / 2 * (dim + kSpread);
-      const char* const odd = i + 1 < num_keys ? p.value_row[i + 1] : nullptr;
-      for (int64_t d = 0; d < dim; d += V::kLanes) {
-        const int64_t n = smaller(V::kLanes, dim - d);
-        V::store_words(to + d, n, join(p.value_row[i], odd, d, n));
-      }
-    }
   }
 
   // Words of an even and an odd number each.

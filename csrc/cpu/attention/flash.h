@@ -4,12 +4,15 @@
 //
 // Everything is transposed: logits are [keys, queries] and the output is [head_dim, queries], so
 // that a vector holds one number of several queries. Sums and maxima over keys are then vertical,
-// the left operand of both products (keys, values) is broadcast from memory word by word, and the
-// keys of the caller are used where they lie. A word is 4 bytes: a float, or two bfloat16 that
-// follow each other along the axis that is summed over (M::kPair = 2).
+// and the left operand of both products (keys, values) is broadcast from memory word by word. A
+// word is 4 bytes: a float, or two bfloat16 that follow each other along the axis that is summed
+// over (M::kPair = 2). Values are cut into strips of as many channels as a product makes at once,
+// so that it reads memory front to back; keys of the caller are used where they lie, but for those
+// that must be converted. Both is done once per head, not once per tile.
 //
 // V, vectors of kLanes floats: load, store, set1, zero, mul, add, max, fma, exp2<degree>, ...
-// M, products: V, kPair, kType, and how queries, keys, values and weights become words.
+// M, products: V, kPair, kType, whether they convert keys (kConverts), and how queries, keys,
+// values and weights become words.
 //
 // No lane reads another and every sum runs in the order of the list: a query's result depends
 // neither on its neighbours in the tile nor on the width of the vectors' groups.
@@ -28,7 +31,6 @@ typedef float __attribute__((may_alias)) Word;
 constexpr int kVectors = 2;       // vectors of queries in a panel
 constexpr int64_t kChunk = 128;   // keys between two updates of the running maximum
 constexpr int64_t kKeyGroup = 8;  // keys of a chunk are padded to a multiple by repeating the last
-constexpr int64_t kSpread = 16;   // words between rows of values: else they share few cache sets
 constexpr int64_t kWidest = 32;   // queries in a panel of the widest vectors; divides block_q
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
@@ -53,18 +55,23 @@ inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t element_bytes(int type) { return type == kFloat32 ? 4 : 2; }
 
+// Values of one block as pack() left them: [head_dim / kRows, block_kv / pair, kRows]. A chunk
+// takes of each strip as many words of kRows as the block has pairs of keys.
+struct Strips {
+  const Word* values;
+  int64_t pairs;
+};
+
 // Scratch of one tile. Queries and output are cut into panels of W queries, two vectors wide: panel
 // [rows, W] after panel. Wider panels read keys and values less often, but were no faster.
 struct Plan {
-  Word* queries;           // [head_dim / pair, W] per panel
-  Word* output;            // [head_dim, W] per panel
-  Word* keys;              // [kChunk, head_dim], where keys are converted
-  Word* values;            // [kChunk / pair, head_dim + kSpread]
-  Word* logits;            // [kChunk, W]; the weights [kChunk / pair, W] take their place
-  float* row_max;          // [block_q], in units of log2
-  float* row_sum;          // [block_q]
-  const char** key_row;    // [kChunk]
-  const char** value_row;  // [kChunk]
+  Word* queries;         // [head_dim / pair, W] per panel
+  Word* output;          // [head_dim, W] per panel
+  Word* logits;          // [kChunk, W]; the weights [kChunk / pair, W] take their place
+  float* row_max;        // [block_q], in units of log2
+  float* row_sum;        // [block_q]
+  const char** key_row;  // [kChunk]
+  Strips* strips;        // [kChunk], of the chunk's blocks
   int64_t bytes;
 };
 
@@ -81,13 +88,11 @@ inline Plan make_plan(const Tile& t, int64_t chunk = kChunk) {
   Plan p{};
   p.queries = static_cast<Word*>(take(dim * num_q, 4));
   p.output = static_cast<Word*>(take(dim * num_q, 4));
-  p.keys = static_cast<Word*>(take(chunk * dim, 4));
-  p.values = static_cast<Word*>(take(chunk * (dim + kSpread), 4));
   p.logits = static_cast<Word*>(take(chunk * kWidest, 4));
   p.row_max = static_cast<float*>(take(num_q, 4));
   p.row_sum = static_cast<float*>(take(num_q, 4));
   p.key_row = static_cast<const char**>(take(chunk, sizeof(char*)));
-  p.value_row = static_cast<const char**>(take(chunk, sizeof(char*)));
+  p.strips = static_cast<Strips*>(take(chunk, sizeof(Strips)));
   p.bytes = static_cast<int64_t>(at - begin);
   return p;
 }
@@ -100,14 +105,16 @@ inline int64_t plan_bytes(const Tile& t, int64_t chunk) {
 
 inline int64_t flash_scratch_bytes(const Tile& t) { return plan_bytes(t, kChunk); }
 
-// acc[R, kVectors] = left[R, depth] right[depth, kVectors], where left(r, i) is a word.
+// Keys that are worked on at once: whole blocks, but for the last one.
+struct Chunk {
+  int64_t num_keys, num_blocks;
+};
+
+// acc[R, kVectors] += left[R, depth] right[depth, kVectors], where left(r, i) is a word.
 template <class M, int R, class Left>
 inline __attribute__((always_inline)) void multiply(Left left, const Word* right, int64_t depth,
                                                     typename M::V::Vec (&acc)[R][kVectors]) {
   using V = typename M::V;
-  for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < kVectors; ++c) acc[r][c] = V::zero();
-  }
   for (int64_t i = 0; i < depth; ++i) {
     typename V::Vec b[kVectors];
     for (int c = 0; c < kVectors; ++c) b[c] = V::load(right + (i * kVectors + c) * V::kLanes);
@@ -115,6 +122,13 @@ inline __attribute__((always_inline)) void multiply(Left left, const Word* right
       const typename V::Vec a = V::set1(left(r, i));
       for (int c = 0; c < kVectors; ++c) acc[r][c] = M::fma(a, b[c], acc[r][c]);
     }
+  }
+}
+
+template <class V, int R>
+inline __attribute__((always_inline)) void clear(typename V::Vec (&acc)[R][kVectors]) {
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < kVectors; ++c) acc[r][c] = V::zero();
   }
 }
 
@@ -128,6 +142,7 @@ inline void make_logits(const Plan& p, const Word* queries, int64_t num_keys, in
     const Word* row[R];
     for (int r = 0; r < R; ++r) row[r] = reinterpret_cast<const Word*>(p.key_row[key + r]);
     typename V::Vec acc[R][kVectors];
+    clear<V, R>(acc);
     multiply<M, R>([&](int r, int64_t i) { return row[r][i]; }, queries, words, acc);
     for (int r = 0; r < R; ++r) {
       for (int c = 0; c < kVectors; ++c) {
@@ -141,15 +156,21 @@ inline void make_logits(const Plan& p, const Word* queries, int64_t num_keys, in
 // output[head_dim, W] = output decay + values^T weights of one panel. A chunk is summed by itself:
 // one long chain over all keys would round twice as badly as PyTorch.
 template <class M>
-inline void add_values(const Plan& p, Word* output, int64_t pairs, int64_t dim, bool first,
-                       const typename M::V::Vec (&decay)[kVectors]) {
+inline void add_values(const Plan& p, Word* output, const Chunk& chunk, int64_t strip, int64_t dim,
+                       bool first, const typename M::V::Vec (&decay)[kVectors]) {
   using V = typename M::V;
   constexpr int R = V::kRows;
   for (int64_t d = 0; d < dim; d += R) {
     typename V::Vec acc[R][kVectors];
-    const Word* const values = p.values + d;
-    multiply<M, R>([&](int r, int64_t i) { return values[i * (dim + kSpread) + r]; }, p.logits,
-                   pairs, acc);
+    clear<V, R>(acc);
+    const Word* weights = p.logits;
+    for (int64_t block = 0; block < chunk.num_blocks; ++block) {
+      const Strips& of_block = p.strips[block];
+      const Word* const values = of_block.values + d / R * strip;
+      multiply<M, R>([&](int r, int64_t i) { return values[i * R + r]; }, weights, of_block.pairs,
+                     acc);
+      weights += of_block.pairs * kVectors * V::kLanes;
+    }
     for (int r = 0; r < R; ++r) {
       for (int c = 0; c < kVectors; ++c) {
         Word* const out = output + ((d + r) * kVectors + c) * V::kLanes;
@@ -161,14 +182,14 @@ inline void add_values(const Plan& p, Word* output, int64_t pairs, int64_t dim, 
 
 // One chunk of keys against one panel of kVectors vectors of queries.
 template <class M>
-inline void run_panel(const Tile& t, const Plan& p, int64_t col, int64_t num_keys, int64_t dim,
+inline void run_panel(const Tile& t, const Plan& p, int64_t col, const Chunk& chunk, int64_t dim,
                       bool first) {
   using V = typename M::V;
   using Vec = typename V::Vec;
   const Word* const queries = p.queries + col * (dim / M::kPair);
   Vec top[kVectors], base[kVectors], sum[kVectors], decay[kVectors];
   for (int c = 0; c < kVectors; ++c) top[c] = V::set1(-__builtin_inff());
-  make_logits<M>(p, queries, num_keys, dim / M::kPair, top);
+  make_logits<M>(p, queries, chunk.num_keys, dim / M::kPair, top);
   const Vec scale = V::set1((t.scale < 0 ? -t.scale : t.scale) * kLog2E);
   for (int c = 0; c < kVectors; ++c) {
     float* const row_max = p.row_max + col + c * V::kLanes;
@@ -180,13 +201,13 @@ inline void run_panel(const Tile& t, const Plan& p, int64_t col, int64_t num_key
     sum[c] = V::zero();
     V::store(row_max, now);
   }
-  M::make_weights(p.logits, num_keys, scale, base, sum);
+  M::make_weights(p.logits, chunk.num_keys, scale, base, sum);
   for (int c = 0; c < kVectors; ++c) {
     float* const row_sum = p.row_sum + col + c * V::kLanes;
     V::store(row_sum, V::fma(V::load(row_sum), decay[c], sum[c]));
   }
-  const int64_t pairs = (num_keys + M::kPair - 1) / M::kPair;
-  add_values<M>(p, p.output + col * dim, pairs, dim, first, decay);
+  const int64_t strip = t.block_kv / M::kPair * V::kRows;
+  add_values<M>(p, p.output + col * dim, chunk, strip, dim, first, decay);
 }
 
 // Queries to words, transposed: panels [head_dim / pair, W], zero beyond num_q. A negative scale is
@@ -253,23 +274,72 @@ inline void pad_keys(const Plan& p, int64_t num_keys) {
   for (int64_t i = num_keys; i < round_up(num_keys, kKeyGroup); ++i) p.key_row[i] = last;
 }
 
-// Addresses of the next listed keys and values, as many blocks as fit into a chunk.
+// Words of a packed block: keys [block_kv, head_dim], where they are converted, and strips.
 template <class M>
-inline int64_t next_chunk(const Tile& t, const Plan& p, int64_t& listed) {
-  int64_t num_keys = 0;
-  const char* const k = static_cast<const char*>(t.k.data);
-  const char* const v = static_cast<const char*>(t.v.data);
-  const int64_t k_token = t.k.token * element_bytes(M::kType);
-  const int64_t v_token = t.v.token * element_bytes(M::kType);
-  for (; listed < t.num_listed && num_keys + t.block_kv <= kChunk; ++listed) {
-    const int64_t first = (t.index == nullptr ? listed : t.index[listed]) * t.block_kv;
-    const int64_t last = smaller(first + t.block_kv, t.num_kv);
-    for (int64_t key = first; key < last; ++key, ++num_keys) {
-      p.key_row[num_keys] = k + key * k_token;
-      p.value_row[num_keys] = v + key * v_token;
+inline int64_t key_words(const Tile& t) {
+  return M::kConverts ? t.block_kv * t.head_dim : 0;
+}
+
+template <class M>
+inline int64_t packed_bytes(const Tile& t) {
+  return round_up((key_words<M>(t) + t.block_kv / M::kPair * t.head_dim) * 4, 64);
+}
+
+template <class M>
+inline void pack(const Tile& t, int64_t block, void* to) {
+  using V = typename M::V;
+  constexpr int R = V::kRows;
+  static_assert(V::kLanes == 2 * R, "a vector of values is cut into two strips");
+  const int64_t dim = t.head_dim, bytes = element_bytes(M::kType);
+  const int64_t first = block * t.block_kv, num_keys = smaller(t.block_kv, t.num_kv - first);
+  Word* const keys = static_cast<Word*>(to);
+  const char* const k = static_cast<const char*>(t.k.data) + first * t.k.token * bytes;
+  const char* const v = static_cast<const char*>(t.v.data) + first * t.v.token * bytes;
+  if constexpr (M::kConverts) {
+    for (int64_t i = 0; i < num_keys; ++i) {
+      M::load_row(keys + i * dim, k + i * t.k.token * bytes, dim);
     }
   }
-  return num_keys;
+  Word* const values = keys + key_words<M>(t);
+  const int64_t strip = t.block_kv / M::kPair * R;
+  for (int64_t i = 0; i < num_keys; i += M::kPair) {
+    const char* const row = v + i * t.v.token * bytes;
+    const char* const next = i + 1 < num_keys ? row + t.v.token * bytes : nullptr;
+    for (int64_t d = 0; d < dim; d += V::kLanes) {
+      const int64_t n = smaller(V::kLanes, dim - d);
+      const typename V::Vec words = M::load_values(row, next, d, n);
+      Word* const at = values + d / R * strip + i / M::kPair * R;
+      V::store_low(at, words);
+      if (n > R) V::store_high(at + strip, words);
+    }
+  }
+}
+
+// The next listed blocks, as many as fit into a chunk; one that kv_len cuts ends it.
+template <class M>
+inline Chunk next_chunk(const Tile& t, const Plan& p, int64_t& listed) {
+  Chunk chunk{0, 0};
+  const int64_t k_token = t.k.token * element_bytes(M::kType), dim = t.head_dim;
+  const int64_t block_bytes = packed_bytes<M>(t);
+  bool whole = true;
+  for (; listed < t.num_listed && whole && chunk.num_keys + t.block_kv <= kChunk; ++listed) {
+    const int64_t block = t.index == nullptr ? listed : t.index[listed];
+    const int64_t first = block * t.block_kv;
+    const int64_t num_keys = smaller(t.block_kv, t.num_kv - first);
+    if (num_keys <= 0) continue;
+    const char* const packed = static_cast<const char*>(t.packed) + block * block_bytes;
+    const char* const keys =
+        M::kConverts ? packed : static_cast<const char*>(t.k.data) + first * k_token;
+    for (int64_t i = 0; i < num_keys; ++i) {
+      p.key_row[chunk.num_keys + i] = keys + i * (M::kConverts ? dim * 4 : k_token);
+    }
+    p.strips[chunk.num_blocks++] = {reinterpret_cast<const Word*>(packed) + key_words<M>(t),
+                                    (num_keys + M::kPair - 1) / M::kPair};
+    chunk.num_keys += num_keys;
+    whole = num_keys == t.block_kv;
+  }
+  if (chunk.num_keys != 0) pad_keys(p, chunk.num_keys);
+  return chunk;
 }
 
 template <class M, int64_t kDim>
@@ -285,12 +355,10 @@ void run_tile(const Tile& t) {
   load_queries<M>(t, p, dim);
   bool first = true;
   for (int64_t listed = 0; listed < t.num_listed;) {
-    const int64_t num_keys = next_chunk<M>(t, p, listed);
-    if (num_keys == 0) continue;  // all keys of these blocks lie beyond kv_len
-    M::load_keys(p, num_keys, dim);
-    M::load_values(p, num_keys, dim);
+    const Chunk chunk = next_chunk<M>(t, p, listed);
+    if (chunk.num_keys == 0) continue;  // all keys of these blocks lie beyond kv_len
     for (int64_t col = 0; col < t.num_q; col += kVectors * V::kLanes) {
-      run_panel<M>(t, p, col, num_keys, dim, first);
+      run_panel<M>(t, p, col, chunk, dim, first);
     }
     first = false;
   }
@@ -313,6 +381,7 @@ struct FloatProducts {
   using V = Vectors;
   using Vec = typename V::Vec;
   static constexpr int kPair = 1, kType = kElement;
+  static constexpr bool kConverts = kElement != kFloat32;
 
   static Vec fma(Vec a, Vec b, Vec c) { return V::fma(a, b, c); }
   static Vec negate(Vec x) { return V::mul(x, V::set1(-1.0f)); }
@@ -327,18 +396,8 @@ struct FloatProducts {
     }
   }
 
-  static void load_keys(const Plan& p, int64_t num_keys, int64_t dim) {
-    for (int64_t i = 0; kElement != kFloat32 && i < num_keys; ++i) {
-      load_row(p.keys + i * dim, p.key_row[i], dim);
-      p.key_row[i] = reinterpret_cast<const char*>(p.keys + i * dim);
-    }
-    pad_keys(p, num_keys);
-  }
-
-  static void load_values(const Plan& p, int64_t num_keys, int64_t dim) {
-    for (int64_t i = 0; i < num_keys; ++i) {
-      load_row(p.values + i * (dim + kSpread), p.value_row[i], dim);
-    }
+  static Vec load_values(const char* row, const char*, int64_t d, int64_t n) {
+    return V::template load_as<kElement>(row, d, n);
   }
 
   static void make_weights(Word* logits, int64_t num_keys, Vec scale, const Vec (&base)[kVectors],
@@ -354,11 +413,27 @@ struct FloatProducts {
   }
 };
 
+// f(M) of the products for a type of elements.
+template <class V, class F>
+auto with_floats(int dtype, F f) {
+  if (dtype == kFloat32) return f(FloatProducts<V, kFloat32>());
+  if (dtype == kBFloat16) return f(FloatProducts<V, kBFloat16>());
+  return f(FloatProducts<V, kFloat16>());
+}
+
 template <class V>
 void run_float(const Tile& t) {
-  if (t.dtype == kFloat32) return run_any_dim<FloatProducts<V, kFloat32>>(t);
-  if (t.dtype == kBFloat16) return run_any_dim<FloatProducts<V, kBFloat16>>(t);
-  run_any_dim<FloatProducts<V, kFloat16>>(t);
+  with_floats<V>(t.dtype, [&](auto m) { run_any_dim<decltype(m)>(t); });
+}
+
+template <class V>
+int64_t packed_float_bytes(const Tile& t) {
+  return with_floats<V>(t.dtype, [&](auto m) { return packed_bytes<decltype(m)>(t); });
+}
+
+template <class V>
+void pack_float(const Tile& t, int64_t block, void* to) {
+  with_floats<V>(t.dtype, [&](auto m) { pack<decltype(m)>(t, block, to); });
 }
 
 }  // namespace

@@ -45,6 +45,8 @@ struct Vectors256 {
     return _mm256_andnot_ps(_mm256_cmp_ps(x, set1(-126.0f), _CMP_LT_OQ), y);
   }
 
+  static void store_low(Word* p, Vec x) { _mm_storeu_ps(p, _mm256_castps256_ps128(x)); }
+  static void store_high(Word* p, Vec x) { _mm_storeu_ps(p, _mm256_extractf128_ps(x, 1)); }
   static void store_words(Word* p, int64_t, Vec x) { store(p, x); }
 
   // The head dim is a multiple of 8: rows are read and written in whole vectors.

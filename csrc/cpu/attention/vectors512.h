@@ -40,6 +40,9 @@ struct Vectors512 {
     return _mm512_scalef_ps(fma(y, r, set1(1.0f)), x);
   }
 
+  static void store_low(Word* p, Vec x) { _mm256_storeu_ps(p, _mm512_castps512_ps256(x)); }
+  static void store_high(Word* p, Vec x) { _mm256_storeu_ps(p, _mm512_extractf32x8_ps(x, 1)); }
+
   static __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
 
   static void store_words(Word* p, int64_t n, Vec x) { _mm512_mask_storeu_ps(p, first(n), x); }
