@@ -13,6 +13,7 @@ Letters: R rows, S slots, O orders, I tokens, D width, H heads, N tokens, K head
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -277,7 +278,7 @@ def block_sparse_attention(
     checks.no_gradient("block_sparse_attention", q, k, v)
     lists = (mode, count, index, order, kv_len)
     checks.expect_attention(q, k, v, lists, block_q, block_kv)
-    chosen = choose_attention(backend, q.device, q.dtype, q.shape[3], block_q, lse)
+    chosen = _choose_attention(backend, q, block_q, lse)
     return _ATTENTION[chosen].block_sparse_attention(  # type: ignore[no-any-return]
         q, k, v, *lists, block_q, block_kv, scale, lse
     )
@@ -317,5 +318,12 @@ def block_sparse_attention_(
     if lse is not None:
         checks.expect("lse", lse, q.shape[:3], torch.float32, q.device)
         checks.expect_contiguous("lse", lse)
-    chosen = choose_attention(backend, q.device, q.dtype, q.shape[3], block_q, lse is not None)
+    chosen = _choose_attention(backend, q, block_q, lse is not None)
     _ATTENTION[chosen].block_sparse_attention_(out, lse, q, k, v, *lists, block_q, block_kv, scale)
+
+
+def _choose_attention(backend: str | None, q: torch.Tensor, block: int, lse: bool) -> str:
+    # index() makes constants of what torch.compile(dynamic=True) takes for symbols: the choice depends on them.
+    head_dim, block = operator.index(q.shape[3]), operator.index(block)
+    chosen: str = choose_attention(backend, q.device, q.dtype, head_dim, block, lse)
+    return chosen

@@ -52,10 +52,11 @@ def run(case: Case, arguments: tuple[Any, ...], backend: str) -> tuple[torch.Ten
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("case", FIRST, ids=str)
-def test_every_op_compiles_into_one_graph(case: Case, backend: str) -> None:
-    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+def test_every_op_compiles_into_one_graph(case: Case, backend: str, dynamic: bool | None) -> None:
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     got = compiled(case, clone_arguments(case.arguments(torch.float32)), backend)
     want = run(case, clone_arguments(case.arguments(torch.float32)), backend)
     for a, b in zip(got, want, strict=True):
