@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -38,7 +39,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "commit": commit.stdout.strip(),
         # Where things lie on this machine is nobody's business.
-        "command": " ".join(["python", *(a if a[:1] != "/" else Path(a).name for a in sys.argv)]),
+        "command": shlex.join(["python", *(a if a[:1] != "/" else Path(a).name for a in sys.argv)]),
     }
 
 
