@@ -37,6 +37,7 @@ from record import machine
 from rivals import COMPILED, NAMES, Arguments, make_rivals
 
 from rapid3rt import ops
+from rapid3rt.ops import native
 from rapid3rt.testing.attention import listed_flops
 from rapid3rt.testing.cases import (
     CASES,
@@ -97,7 +98,7 @@ def measure(case: Case, dtype: torch.dtype, options: Any) -> dict[str, Any]:
         "op": case.op,
         "case": case.name,
         "dtype": str(dtype).removeprefix("torch."),
-        "isa": ops.info().get("isa"),
+        "isa": isa_that_serves(case, arguments, dtype),
         "us": ours.median_us,
         "spread": ours.spread,
         "rivals": {
@@ -114,6 +115,14 @@ def measure(case: Case, dtype: torch.dtype, options: Any) -> dict[str, Any]:
     else:
         result["gbytes_per_s"] = case.num_bytes(dtype) / ours.median_us / 1e3
     return result
+
+
+def isa_that_serves(case: Case, arguments: Arguments, dtype: torch.dtype) -> str | None:
+    """The instruction set whose kernel runs: float32 has none of AMX. None where it is not a CPU that does."""
+    x = arguments[0]
+    if x.device.type != "cpu" or not ops.info()["available"]:
+        return None
+    return native.kernel_isa(case.op, dtype, x.shape[-1])
 
 
 def measure_overhead(rounds: int) -> list[dict[str, Any]]:

@@ -83,10 +83,8 @@ Isa detect() { return Isa::kScalar; }
 bool is_intel() { return false; }
 #endif
 
-std::atomic<Isa>& chosen() {
-  static std::atomic<Isa> isa{best_isa()};
-  return isa;
-}
+constexpr int kUnforced = -1;
+std::atomic<int> forced{kUnforced};
 
 }  // namespace
 
@@ -95,13 +93,19 @@ Isa best_isa() {
   return best;
 }
 
-Isa current_isa() { return chosen().load(std::memory_order_relaxed); }
+Isa current_isa() {
+  const int isa = forced.load(std::memory_order_relaxed);
+  return isa == kUnforced ? best_isa() : static_cast<Isa>(isa);
+}
+
+bool is_forced() { return forced.load(std::memory_order_relaxed) != kUnforced; }
 
 bool has_fast_dots() {
   static const bool fast = !is_intel();
   return fast;
 }
 
-void force_isa(Isa isa) { chosen().store(isa, std::memory_order_relaxed); }
+void force_isa(Isa isa) { forced.store(static_cast<int>(isa), std::memory_order_relaxed); }
+void unforce_isa() { forced.store(kUnforced, std::memory_order_relaxed); }
 
 }  // namespace rapid3rt

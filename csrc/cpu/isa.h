@@ -14,9 +14,11 @@ constexpr const char* kIsaNames[kNumIsas] = {"scalar", "avx2", "avx512", "avx512
 // the AMX tile registers; where it refuses, the answer is the set before.
 Isa best_isa();
 
-// The set whose kernels run: the best, unless another one up to it was forced.
+// The set whose kernels run: the best, unless one was forced, which may be the best too.
 Isa current_isa();
+bool is_forced();
 void force_isa(Isa isa);
+void unforce_isa();
 
 // Whether attention is faster with sums of products of bfloat16 pairs than with floats. Not on
 // Intel's processors, as measured on one with AMX.

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -20,18 +21,24 @@ std::vector<std::string> isas() {
   return {kIsaNames, kIsaNames + static_cast<int>(best_isa()) + 1};
 }
 
+std::string attention_isa_of(int dtype, int64_t head_dim) {
+  return attention_isa(static_cast<DType>(dtype), head_dim);
+}
+
 std::string isa() { return kIsaNames[static_cast<int>(current_isa())]; }
 
-void force_isa_named(const std::string& name) {
+// No name: the best one again.
+void force_isa_named(const std::optional<std::string>& name) {
+  if (!name) return unforce_isa();
   std::string list;
   int at = -1, i = 0;
   for (const std::string& known : isas()) {
     list += (i == 0 ? "" : ", ") + known;
-    if (known == name) at = i;
+    if (known == *name) at = i;
     ++i;
   }
   R3_CHECK(at >= 0, "RAPID3RT_CPU_ISA must be one of ", list,
-           " (this build on this machine), got '", name, "'");
+           " (this build on this machine), got '", *name, "'");
   force_isa(static_cast<Isa>(at));
 }
 
@@ -60,6 +67,7 @@ PYBIND11_MODULE(_cpu, m) {
   const py::call_guard<py::gil_scoped_release> no_gil;
   m.def("isa", &isa);
   m.def("force_isa", &force_isa_named);
+  m.def("attention_isa", &attention_isa_of);
   m.def("block_sparse_attention", on_threads(&binding::attention, &block_sparse_attention), no_gil);
   m.def("build_block_lists", on_threads(&binding::lists, &build_block_lists), no_gil);
   m.def("cache_lookup", on_threads(&binding::lookup, &cache_lookup), no_gil);

@@ -9,6 +9,7 @@
 namespace rapid3rt {
 
 void block_sparse_attention(const AttentionParams& params);
+const char* attention_isa(DType dtype, int64_t head_dim);  // whose kernel would run
 void build_block_lists(const ListsParams& params);
 void cache_lookup(const LookupParams& params);  // with scale: cache_lookup_norm
 void cache_store(const StoreParams& params);

@@ -59,14 +59,22 @@ def missing_reason(device_type: str) -> str | None:
     return f"this build has no native kernels for device {device_type!r}"
 
 
+def kernel_isa(op: str, dtype: torch.dtype, head_dim: int = 0) -> str:
+    """Name the instruction set whose kernel serves calls of an op on the CPU; head_dim: of attention."""
+    if op.startswith("block_sparse_attention"):
+        return str(_cpu.attention_isa(DTYPES[dtype], head_dim))
+    best: str = _cpu.isa()
+    return "avx512_bf16" if best == "amx" else best  # nothing else has tiles
+
+
 def info() -> dict[str, Any]:
     """Tell what the CPU kernels run on.
 
     Returns
     -------
     available: bool. Where it is True: isas (tuple, instruction sets of this build that this machine has, ascending),
-    isa (the one whose kernels run), openmp (bool). Else reason: why the module is missing, or what is wrong with
-    RAPID3RT_CPU_ISA.
+    isa (the best of them, or the one that was forced; an op may have no kernel of its own for it), openmp (bool). Else
+    reason: why the module is missing, or what is wrong with RAPID3RT_CPU_ISA.
     """
     if _cpu is None:
         return {"available": False, "reason": _missing}
@@ -242,7 +250,9 @@ def build_block_lists(
     count = q.new_empty((num_rows, num_heads, num_q), dtype=torch.int32)
     index = q.new_empty((num_rows, num_heads, num_q, num_kv), dtype=torch.int32)
     order = q.new_empty(num_rows * num_heads * num_q, dtype=torch.int32)
-    if order.numel():
+    if not order.numel():
+        mode.zero_()
+    else:
         _run(
             "build_block_lists", q,
             mode.data_ptr(), count.data_ptr(), index.data_ptr(), order.data_ptr(), q.data_ptr(), k.data_ptr(),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from rapid3rt import ops
+from rapid3rt import envs, ops
 from rapid3rt.ops import native, reference
 from rapid3rt.testing.attention import listed_mask
 from rapid3rt.testing.numerics import assert_close
@@ -21,14 +21,13 @@ ISAS: tuple[str, ...] = ops.info()["isas"]
 
 
 @contextmanager
-def forced(isa: str) -> Iterator[None]:
+def forced(isa: str | None) -> Iterator[None]:
     """Attention of one instruction set within the block."""
-    before = ops.info()["isa"]
     native._cpu.force_isa(isa)
     try:
         yield
     finally:
-        native._cpu.force_isa(before)
+        native._cpu.force_isa(envs.cpu_isa())
 
 
 def widen(arguments: Arguments) -> Arguments:

@@ -121,6 +121,17 @@ def test_no_rows_give_empty_results(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
+def test_no_tokens_give_lists_of_dense_heads(backend: str) -> None:
+    q, keep = torch.empty(2, 3, 0, 64), torch.ones(2, dtype=torch.int32)
+    junk = [torch.full((2, 3), 77, dtype=torch.uint8) for _ in range(50)]
+    del junk  # what new memory may hold
+    lists = ops.build_block_lists(q, q, keep, 0, 0, 64, 64, 1.0, backend=backend)
+    assert not lists[0].any()
+    out, _ = ops.block_sparse_attention(q, q, q, *lists, None, 64, 64, 1.0, backend=backend)
+    assert out.shape == q.shape
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
 def test_lists_without_room_give_zero_and_minus_infinity(backend: str) -> None:
     q = torch.randn(1, 2, 40, 64, generator=torch.Generator().manual_seed(0))
     mode, count = torch.ones(1, 2, dtype=torch.uint8), torch.zeros(1, 2, 2, dtype=torch.int32)

@@ -59,23 +59,39 @@ void check_lists(const AttentionParams& p, int64_t num_q, int64_t num_kv) {
   }
 }
 
-const TileKernel& choose_kernel(const AttentionParams& p) {
-  [[maybe_unused]] const Isa isa = p.head_dim % 8 == 0 ? current_isa() : Isa::kScalar;
+// The instruction set that computes attention of this kind.
+Isa choose_isa(DType dtype, int64_t head_dim) {
+  const Isa isa = current_isa();
+  if (head_dim % 8 != 0) return Isa::kScalar;
+  if (isa < Isa::kAvx512Bf16) return isa;
+  if (dtype != DType::kBFloat16) return Isa::kAvx512;
+  if (isa == Isa::kAmx && head_dim % 32 == 0) return Isa::kAmx;
+  // Where they are slow, floats are 1.3 to 1.5 times as fast; dots that were forced run.
+  const bool dots = has_fast_dots() || (isa == Isa::kAvx512Bf16 && is_forced());
+  return dots ? Isa::kAvx512Bf16 : Isa::kAvx512;
+}
+
+const TileKernel& kernel_of(Isa isa) {
+  switch (isa) {
 #ifdef RAPID3RT_AMX
-  if (isa >= Isa::kAmx && p.dtype == DType::kBFloat16 && p.head_dim % 32 == 0) return kAmxTile;
+    case Isa::kAmx:
+      return kAmxTile;
 #endif
 #ifdef RAPID3RT_AVX512_BF16
-  // Where they are slow, floats are 1.3 to 1.5 times as fast; one that was forced runs.
-  const bool dots = isa >= Isa::kAvx512Bf16 && (isa != best_isa() || has_fast_dots());
-  if (dots && p.dtype == DType::kBFloat16) return kAvx512Bf16Tile;
+    case Isa::kAvx512Bf16:
+      return kAvx512Bf16Tile;
 #endif
 #ifdef RAPID3RT_AVX512
-  if (isa >= Isa::kAvx512) return kAvx512Tile;
+    case Isa::kAvx512:
+      return kAvx512Tile;
 #endif
 #ifdef RAPID3RT_AVX2
-  if (isa >= Isa::kAvx2) return kAvx2Tile;
+    case Isa::kAvx2:
+      return kAvx2Tile;
 #endif
-  return kScalarTile;
+    default:
+      return kScalarTile;
+  }
 }
 
 // Multiple of 64 bytes at or after an address, of which so much has to be added to what is asked
@@ -263,6 +279,10 @@ void run_tiles(const AttentionParams& p, const TileKernel& kernel, int64_t head_
 
 }  // namespace
 
+const char* attention_isa(DType dtype, int64_t head_dim) {
+  return kIsaNames[static_cast<int>(choose_isa(dtype, head_dim))];
+}
+
 void block_sparse_attention(const AttentionParams& p) {
   const int64_t num_q = ceil_div(p.len_q, p.block_q);
   const int64_t num_kv = ceil_div(p.len_kv, p.block_kv);
@@ -271,7 +291,7 @@ void block_sparse_attention(const AttentionParams& p) {
            "rows * heads * query blocks must fit int32, got ", items);
   check_lists(p, num_q, num_kv);
   if (p.order != nullptr) check_ids("order", p.order, items, items, true);
-  const TileKernel& kernel = choose_kernel(p);
+  const TileKernel& kernel = kernel_of(choose_isa(p.dtype, p.head_dim));
   const int64_t flops = 4 * p.num_rows * p.num_heads * p.len_q * p.len_kv * p.head_dim;
   const int num_threads = flops < kernel.serial_flops ? 1 : p.num_threads;
   const int64_t num_heads = p.num_rows * p.num_heads;
