@@ -28,7 +28,7 @@ MASKS = ("bernoulli", "banded", "arrow", "one block", "one row works", "empty", 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """What a random call looks like; the seed fills in the numbers."""
+    """What a random call looks like; the seed fills in the numbers. rise: of the last keys over the first ones."""
 
     seed: int
     isa: str
@@ -43,6 +43,7 @@ class Call:
     density: float
     ragged: bool
     gain: float
+    rise: float
 
 
 CALLS = st.builds(
@@ -55,11 +56,12 @@ CALLS = st.builds(
     rows=st.integers(1, 3),
     heads=st.integers(1, 2),
     len_q=st.integers(1, 200),
-    len_kv=st.integers(1, 300),
+    len_kv=st.one_of(st.integers(1, 300), st.integers(300, 800)),
     mask=st.sampled_from(MASKS),
     density=st.sampled_from((0.02, 0.1, 0.3, 0.6, 0.9, 1.0)),
     ragged=st.booleans(),
     gain=st.sampled_from((1.0, 1.0, 30.0, -2.0)),
+    rise=st.sampled_from((1.0, 1.0, 20.0)),
 )
 
 
@@ -89,6 +91,7 @@ def make_arguments(call: Call) -> tuple[Any, ...]:
         torch.randn(call.rows, n, call.heads, call.head_dim, generator=g).to(call.dtype).transpose(1, 2)
         for n in (call.len_q, call.len_kv, call.len_kv)
     )  # fmt: skip
+    k = (k * torch.linspace(1, call.rise, call.len_kv)[:, None]).to(call.dtype)
     count, index = lists_of(listed_blocks(call, g, num_q, num_kv))
     mode = torch.randint(0, 6, (call.rows, call.heads), generator=g)
     mode = torch.tensor([1, 1, 1, 1, 0, 2], dtype=torch.uint8)[mode]

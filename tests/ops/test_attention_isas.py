@@ -105,11 +105,79 @@ def test_dot_products_run_where_they_are_the_faster_ones() -> None:
     q, k, v = (torch.randn(1, 2, 70, 40, generator=g).bfloat16() for _ in range(3))  # 40: not AMX's
     arguments = (q, k, v, torch.zeros(1, 2, dtype=torch.uint8), *(None,) * 4, 64, 64, 0.16, True)
     results = {}
-    for isa in (faster, ISAS[-1]):
+    for isa in (None, "avx512", "avx512_bf16"):
         with forced(isa):
             results[isa] = ops.block_sparse_attention(*arguments, backend="native")
-    for a, b in zip(results[faster], results[ISAS[-1]], strict=True):
+            ran = native.kernel_isa("block_sparse_attention", torch.bfloat16, 40)
+            assert ran == (isa or faster)
+    for a, b in zip(results[None], results[faster], strict=True):
         assert_same_bits("the faster one", a, b)
+    assert not torch.equal(results["avx512"][0], results["avx512_bf16"][0])
+
+
+def test_a_kernel_is_called_by_the_set_that_it_is_for() -> None:
+    for isa in ISAS:
+        with forced(isa):
+            of = {d: native.kernel_isa("block_sparse_attention", d, 64) for d in DTYPES}
+            assert of[torch.bfloat16] == isa
+            assert of[torch.float32] == of[torch.float16] == min(isa, "avx512", key=ISAS.index)
+            assert native.kernel_isa("block_sparse_attention", torch.bfloat16, 7) == "scalar"
+            assert native.kernel_isa("cache_store", torch.bfloat16) == isa.replace(
+                "amx", "avx512_bf16"
+            )
+
+
+def test_the_scalar_exponential_is_as_exact_as_stated() -> None:
+    """Beside a key of weight 1, one of e^x is all of the output from e^-17 down: 1 + e^x is 1."""
+    x = torch.linspace(-87, -17, 30_001)
+    q, k = torch.zeros(1, 1, len(x), 4), torch.zeros(1, 1, 2, 4)
+    q[..., 0], k[:, :, 1] = x, 1.0
+    mode = torch.zeros(1, 1, dtype=torch.uint8)
+    with forced("scalar"):
+        out, _ = ops.block_sparse_attention(
+            q, k, k, mode, *(None,) * 4, 64, 64, 1.0, backend="native"
+        )
+    out = out[..., 0].flatten().double()
+    true = x.double().exp()
+    ulp = 2.0 ** (true.log2().floor() - 23)
+    assert ((out - true).abs() / ulp).max() <= 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+def test_huge_logits_choose_the_largest(isa: str, dtype: torch.dtype) -> None:
+    """From 1e9 on a float is more than an exponent away from the next: weights are 0 or 1, never infinite."""
+    g = torch.Generator().manual_seed(20)
+    q, k, v = (torch.randn(1, 2, n, 64, generator=g).to(dtype) for n in (150, 600, 600))
+    k[:, :, :, :] *= torch.linspace(0.5, 2, 600, dtype=dtype)[:, None]  # maxima rise over chunks
+    mode = torch.zeros(1, 2, dtype=torch.uint8)
+    logits = q.double() @ k.double().mT
+    top = logits.topk(2)
+    sure = top.values[..., 0] - top.values[..., 1] > 1e-4 * top.values[..., 0].abs()
+    assert sure.float().mean() > 0.95
+    want = v.gather(2, top.indices[..., :1].expand(-1, -1, -1, 64))
+    for gain in (1e7, 1e9, 1e10, 1e20, 1e34):
+        with forced(isa):
+            arguments = (q, k, v, mode, *(None,) * 4, 64, 64, gain, True)
+            out, lse = ops.block_sparse_attention(*arguments, backend="native")
+        tolerance = 2 * torch.finfo(dtype).eps  # a base may lag behind, and weights be rounded
+        torch.testing.assert_close(out[sure], want[sure], rtol=tolerance, atol=0)
+        torch.testing.assert_close(
+            lse.double(), logits.max(3).values * gain, rtol=1e-5, atol=0, check_dtype=False
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+def test_logits_that_rise_over_chunks_are_exact(isa: str, dtype: torch.dtype) -> None:
+    """What was summed decays whenever a later chunk raises the base."""
+    g = torch.Generator().manual_seed(21)
+    q, k, v = (torch.randn(1, 2, n, 64, generator=g) for n in (70, 1000, 1000))
+    k = k * torch.linspace(1, 30, 1000)[:, None]
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    mode = torch.zeros(1, 2, dtype=torch.uint8)
+    with forced(isa):
+        check_attention(f"{isa} rising", (q, k, v, mode, *(None,) * 4, 64, 64, 0.125, True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

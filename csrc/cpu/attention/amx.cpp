@@ -124,8 +124,8 @@ inline __attribute__((always_inline)) void make_weights(const Word* logits, Word
       _mm_setr_epi8(2, 3, -1, -1, 6, 7, -1, -1, 10, 11, -1, -1, 14, 15, -1, -1));
   for (int c = 0; c < kVectors; ++c) {
     const Word* const from = logits + 2 * i * kUnit + c * V::kLanes;
-    Vec even = V::exp2<4>(V::fms(V::load(from), scale, s.base[c]));
-    Vec odd = V::exp2<4>(V::fms(V::load(from + kUnit), scale, s.base[c]));
+    Vec even = V::exp2<4>(V::sub(V::mul(V::load(from), scale), s.base[c]));
+    Vec odd = V::exp2<4>(V::sub(V::mul(V::load(from + kUnit), scale), s.base[c]));
     if (num_keys != kUnit) {
       if (2 * i >= num_keys) even = V::zero();
       if (2 * i + 1 >= num_keys) odd = V::zero();

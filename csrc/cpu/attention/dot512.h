@@ -49,10 +49,10 @@ struct DotProducts {
     for (int64_t i = 0; i < num_keys; i += 2) {
       for (int c = 0; c < kVectors; ++c) {
         const Word* const from = logits + (i * kVectors + c) * V::kLanes;
-        const Vec even = V::exp2<4>(V::fms(V::load(from), scale, base[c]));
+        const Vec even = V::exp2<4>(V::sub(V::mul(V::load(from), scale), base[c]));
         Vec odd = V::zero();
         if (i + 1 < num_keys) {
-          odd = V::exp2<4>(V::fms(V::load(from + kVectors * V::kLanes), scale, base[c]));
+          odd = V::exp2<4>(V::sub(V::mul(V::load(from + kVectors * V::kLanes), scale), base[c]));
         }
         sum[c] = V::add(sum[c], V::add(even, odd));
         V::store(logits + (i / 2 * kVectors + c) * V::kLanes, round_pairs(even, odd));

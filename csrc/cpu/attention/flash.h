@@ -37,7 +37,9 @@ constexpr float kLn2 = 0.693147181f;
 constexpr int kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2;  // as DType
 
 // 2^r on [0, 1] with relative error below 2.9e-6 (degree 4) and 8.3e-8 (degree 5), before rounding;
-// exact at 0, so that the largest key weighs 1 and an unchanged maximum decays nothing.
+// exact at 0, so that the largest key weighs 1 and an unchanged maximum decays nothing. For this a
+// logit is scaled and rounded before the base, which is one of them, is taken from it: a fused
+// difference would be what the base lost by rounding, beyond any exponent for logits of 1e10.
 template <int kDegree>
 struct Exp2;
 template <>
@@ -405,7 +407,7 @@ struct FloatProducts {
     for (int64_t i = 0; i < num_keys; ++i) {
       for (int c = 0; c < kVectors; ++c) {
         Word* const at = logits + (i * kVectors + c) * V::kLanes;
-        const Vec weight = V::template exp2<5>(V::fms(V::load(at), scale, base[c]));
+        const Vec weight = V::template exp2<5>(V::sub(V::mul(V::load(at), scale), base[c]));
         sum[c] = V::add(sum[c], weight);
         V::store(at, weight);
       }
