@@ -126,6 +126,7 @@ Tile make_tile(const AttentionParams& p) {
   tile.block_kv = p.block_kv;
   tile.scale = p.scale;
   tile.dtype = static_cast<int>(p.dtype);
+  tile.lse = p.lse != nullptr;
   return tile;
 }
 

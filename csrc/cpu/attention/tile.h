@@ -22,6 +22,7 @@ struct Tile {
   int64_t out_token;
   float* row_max;        // [block_q], written: largest scaled logit, -inf without keys
   float* row_sum;        // [block_q], written: sum of exp(logit - row_max)
+  bool lse;              // whether the caller reads these two
   const int32_t* index;  // key blocks in the order of visit, null: all
   int64_t num_listed;
   int64_t num_q, num_kv;  // queries of this tile, keys that may be read
