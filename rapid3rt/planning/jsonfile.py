@@ -15,7 +15,7 @@ import os
 import secrets
 import stat
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,6 +38,12 @@ class Fields:
         shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
         msg = f"{self.file}: {field} must {requirement}, got {shown}"
         raise ValueError(msg)
+
+    def check_names(self, known: Sequence[str]) -> None:
+        """An error for a field that nothing reads: a name is mistyped, or the file is of a newer version."""
+        for name in self.data:
+            if name not in known:
+                self.fail(name, f"be one of {', '.join(known)}", self.data[name])
 
     def get(self, name: str) -> Any:
         """The raw value of a field; an error where it is missing."""
@@ -163,6 +169,11 @@ def read_fields(path: str | os.PathLike[str], *, kind: str, version: int) -> Fie
         msg = f"{path}: content must be UTF-8 text ({kind}), got bytes that are not"
         raise ValueError(msg) from None
     return parse_fields(text, str(path), kind=kind, version=version)
+
+
+def check_document(document: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for what `write_document` could not write."""
+    json.dumps(document, allow_nan=False)
 
 
 def write_document(path: str | os.PathLike[str], document: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ heads (`heads.safetensors`) on top of it, and what they cost and reach at every 
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -18,9 +19,9 @@ from typing import Any
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 
-from rapid3rt.planning.jsonfile import Fields, read_fields, write_document
+from rapid3rt.planning.jsonfile import Fields, check_document, read_fields, write_document
 from rapid3rt.policies.learned import Dial, Heads, HeadsConfig
 from rapid3rt.policies.schedule import WarpFamily, load_schedule, save_schedule
 from rapid3rt.types import ADAMS_BASHFORTH, AUTO, ActionCosts
@@ -77,12 +78,14 @@ class PolicyFolder(
         return self.schedule.family
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the folder; existing files of the same names are replaced one by one, atomically."""
+        """Write the folder; existing files of the same names are replaced one by one, atomically.
+
+        config.json, which knows the weights by their digest, comes last: what a crash leaves half new does not load.
+        Raises `ValueError` for numbers that are not finite, `OSError`, before anything is replaced.
+        """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        if self.schedule is not None:
-            save_schedule(self.schedule, folder / _SCHEDULE)
-        document = {
+        document: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
             "kind": "schedule" if self.heads is None else "learned",
@@ -102,10 +105,12 @@ class PolicyFolder(
                 "calibration": [asdict(dial) for dial in self.calibration],
                 "latent_grid": None if self.latent_grid is None else list(self.latent_grid),
             }
-            weights = {name: x.contiguous() for name, x in self.heads.state_dict().items()}
-            scratch = folder / f".{_HEADS}.tmp"
-            scratch.write_bytes(save(weights))  # save_file would give it a mode of its own
-            scratch.replace(folder / _HEADS)
+            weights = save({n: x.contiguous() for n, x in self.heads.state_dict().items()})
+            document["learned"]["weights"] = hashlib.sha256(weights).hexdigest()
+            check_document(document)
+            _replace(folder / _HEADS, weights)
+        if self.schedule is not None:
+            save_schedule(self.schedule, folder / _SCHEDULE)
         write_document(folder / "config.json", document)
 
     @classmethod
@@ -151,6 +156,17 @@ class PolicyFolder(
         return cls.load(snapshot_download(model_id, allow_patterns=list(PATTERNS), **given))
 
 
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file atomically."""
+    scratch = path.with_name(f".{path.name}.tmp")
+    try:
+        scratch.write_bytes(content)
+        scratch.replace(path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def _read_family(folder: Path) -> WarpFamily:
     if not (folder / _SCHEDULE).is_file():
         msg = f"policy folder {str(folder)!r} must hold a {_SCHEDULE}, got none"
@@ -168,13 +184,23 @@ def _read_learned(folder: Path, config: Fields) -> dict[str, Any]:
     path = folder / _HEADS
     if not path.is_file():
         raise ValueError(f"policy folder {str(folder)!r} must hold a {_HEADS}, got none")
+    content = path.read_bytes()
     try:
-        weights = {name: x.float() for name, x in load_file(path).items()}
+        weights = {name: x.float() for name, x in load(content).items()}
     except SafetensorError as error:
         raise ValueError(
             f"{path}: content must be the weights of the heads in config.json, got: {error}"
         ) from None
     _check_weights(path, weights, heads.state_dict())
+    found = hashlib.sha256(content).hexdigest()
+    if config.data.get("weights", found) != found:
+        named = config.text("weights")
+        config.fail("weights", f"be the digest of {_HEADS}, {found[:12]}; save both anew", named)
+    told = torch.tensor(heads.config.dials)
+    for name, dials in weights.items():
+        if name.endswith(".dials") and not torch.equal(dials, told):
+            known = [round(dial, 4) for dial in dials.tolist()]
+            config.child("heads").fail("dials", f"be those of {_HEADS}, {known}", told.tolist())
     heads.load_state_dict(weights, assign=True)
     heads.eval().requires_grad_(False)
     grid = None if config.get("latent_grid") is None else config.numbers("latent_grid", 1)
@@ -215,6 +241,7 @@ def _check_fit(
 
 def _read_heads_config(config: Fields) -> HeadsConfig:
     names = config.array("heads")
+    config.check_names([f.name for f in fields(HeadsConfig)])
     try:
         return HeadsConfig(
             family=config.text("family"),

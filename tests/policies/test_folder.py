@@ -157,6 +157,33 @@ def test_heads_of_before_there_was_silence_speak(saved: Path) -> None:
     assert PolicyFolder.load(saved).heads.config.silent == ()
 
 
+def test_weights_of_another_save_are_refused(saved: Path) -> None:
+    """As a crash may leave them beside the config of before."""
+    weights = load_file(saved / "heads.safetensors")
+    save_file({name: x + 1 for name, x in weights.items()}, saved / "heads.safetensors")
+    with pytest.raises(ValueError, match=r"learned\.weights must be the digest of heads\.safetens"):
+        PolicyFolder.load(saved)
+
+
+def test_a_folder_that_cannot_be_written_stays_as_it_is(saved: Path) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    folder = PolicyFolder.load(saved)
+    folder.provenance["error"] = float("nan")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        folder.save(saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def test_fields_that_nothing_reads_are_named(saved: Path) -> None:
+    path = saved / "config.json"
+    document = json.loads(path.read_text())
+    heads = document["learned"]["heads"]
+    heads["slient"] = heads.pop("silent")
+    path.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"learned\.heads\.slient must be one of .*silent"):
+        PolicyFolder.load(saved)
+
+
 def test_weights_that_are_no_numbers_are_named(saved: Path) -> None:
     path = saved / "heads.safetensors"
     weights = load_file(path)
