@@ -135,6 +135,9 @@ class Recipe:
         yield "members", self.members > 1, "be at least 2, a group of one says nothing"
         within = all(1 <= dial <= steps for dial in dials)
         yield "dials", within, f"be 1 to num_inference_steps ({steps})"
+        # At the limit every plan is the longest, whatever an image is worth: nothing is left to allocate.
+        dealt = "allocation" not in heads or all(dial < steps for dial in dials)
+        yield "dials", dealt, f"be below num_inference_steps ({steps}) with an allocation"
         rising = len(dials) > 1 and tuple(sorted(set(dials))) == tuple(dials)
         yield "dials", rising, "be at least two and rise"
         # Metrics, prices and spreads are kept by what a dial is called.

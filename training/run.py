@@ -122,6 +122,8 @@ def train(command: Command) -> Path:
     with ExitStack() as held:
         if ranks.is_main:
             make_folder(command.out)
+            if (command.out / "policy").exists() and not (command.out / "policy").is_dir():
+                raise ValueError(f"out must hold no file named policy, got '{command.out}'")
             held.enter_context(alone(command.out))
         contents = ranks.main_first(lambda: _contents(command))
         checkpoints = ranks.main_first(lambda: _open_checkpoints(command, contents))
@@ -151,8 +153,10 @@ def _train(
     )
     subject = load_subject(recipe, command.banks / recipe.model.replace("/", "--"), ranks)
     heads = make_heads(recipe, subject).to(ranks.device)
-    if subject.calibration is not None:
-        subject.calibration.converged()  # what is wrong with it must not show when all is trained
+    if subject.calibration is not None:  # what is wrong with it must not show when all is trained
+        subject.calibration.converged()
+        if "allocation" in recipe.heads:
+            read_conditioning(subject.calibration)
     trainer = None
     if heads.config.sampled:
         trainer = Trainer(

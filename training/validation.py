@@ -16,6 +16,7 @@ from rapid3rt.policies.schedule import WarpFamily
 from rapid3rt.types import ActionCosts
 from training.allocation import TABLE
 from training.bank import Bank, accelerated
+from training.config import LEAST_PAIRS
 from training.ranks import Ranks
 from training.statistics import Array, at_cost, bootstrap, difference
 
@@ -41,12 +42,12 @@ class Validation:
         return [_mean_of(dial, self.rows(heads, dial)) for dial in dials]
 
     def rows(self, heads: Heads, dial: float | None) -> torch.Tensor:
-        """Error, equivalent steps and evaluations of every pair, float64 `[n, 3]`."""
+        """Error, equivalent steps, evaluations and whether the plan is its own, of every pair: float64 `[n, 4]`."""
         bank, family = self.bank, self.family if heads.config.has_prior else None
         policy = LearnedPolicy(heads, family, order=self.order, dial=dial, costs=self.costs)
         starts = self.ranks.share(range(0, len(bank), bank.batch_size))
         converged = bank.converged()  # by all ranks together, also by one that gets no pairs
-        rows = torch.zeros(len(bank), 3, dtype=torch.float64)
+        rows = torch.zeros(len(bank), 4, dtype=torch.float64)
         for start in starts:
             pairs = range(start, min(start + bank.batch_size, len(bank)))
             with accelerated(bank.pipe, policy):
@@ -54,8 +55,8 @@ class Validation:
                 report = rapid3rt.report(bank.pipe).images
             error = (images - converged[pairs.start : pairs.stop]).square().mean((1, 2, 3))
             for i, pair in enumerate(pairs):
-                values = float(error[i]), report[i].equivalent_steps, float(report[i].nfe)
-                rows[pair] = torch.tensor(values, dtype=torch.float64)
+                values = error[i], report[i].equivalent_steps, report[i].nfe, policy.plans_images
+                rows[pair] = torch.tensor([float(x) for x in values], dtype=torch.float64)
         if self.ranks.count > 1:
             rows = rows.to(self.ranks.device)
             self.ranks.add(rows)
@@ -70,25 +71,38 @@ class Validation:
     ) -> tuple[tuple[Dial, ...], dict[float, Gain]]:
         """Silence sampled heads, in place, at those of the dials where they gain nothing for sure, and measure all.
 
-        excess: by how many steps these pairs' plans at a dial exceed the usual ones: their cost is lessened by as much.
-        Returns the calibration, and what the heads gained at the dials before any was silenced, empty without any.
+        excess: by how many steps these pairs' plans at a dial exceed the usual ones: their cost is lessened by as much,
+        if these plans were taken. Also measured is where heads fall silent between dials. Returns the calibration, and
+        what the heads gained at the dials before any was silenced, empty without any. Raises `ValueError` for an image
+        that is not finite.
         """
         gains: dict[float, Gain] = {}
         heads.config = whole = replace(heads.config, silent=())
-        rows = {dial: self.rows(heads, dial) for dial in dials}
+        rows = {dial: self._finite_rows(heads, dial) for dial in dials}
         if heads.config.sampled:
             spoken = rows
             heads.config = replace(whole, silent=tuple(dials))
-            rows = {dial: self.rows(heads, dial) for dial in dials}
+            rows = {dial: self._finite_rows(heads, dial) for dial in dials}
             gains = measure_gains(rows, spoken, self.bank.prompts)
             silent = tuple(dial for dial, gain in gains.items() if gain.surely < _SURE)
             heads.config = replace(whole, silent=silent)
             rows = {dial: rows[dial] if dial in silent else spoken[dial] for dial in dials}
-        rows |= {dial: self.rows(heads, dial) for dial in further if dial not in rows}
+        between = [dial for dial in (*further, *heads.config.bends()) if dial not in rows]
+        rows |= {dial: self._finite_rows(heads, dial) for dial in between}
         measured = [_mean_of(dial, of_dial) for dial, of_dial in rows.items()]
-        if excess is not None:
+        if excess is not None and all(bool(of_dial[:, 3].all()) for of_dial in rows.values()):
             measured = [self._without(excess(dial.dial), dial) for dial in measured]
         return rising(measured), gains
+
+    def _finite_rows(self, heads: Heads, dial: float) -> torch.Tensor:
+        rows = self.rows(heads, dial)
+        wrong = (~rows.isfinite().all(1)).nonzero().flatten().tolist()
+        if wrong:
+            raise ValueError(
+                f"images at dial {dial:g} must be finite, got NaN or infinity for {len(wrong)} of {len(rows)} "
+                f"calibration pairs, first for {wrong[0]}, {self.bank.prompts[wrong[0]]!r}; use another --dtype"
+            )
+        return rows
 
     def _without(self, steps: float, dial: Dial) -> Dial:
         return replace(
@@ -141,7 +155,11 @@ def measure_gains(
     spoken: Mapping[float, torch.Tensor],
     prompts: Sequence[str],
 ) -> dict[float, Gain]:
-    """Of every dial. alone, spoken: rows of the dials without and with what the heads say; the same pairs."""
+    """Of every dial. alone, spoken: rows of the dials without and with what the heads say; the same pairs.
+
+    Nothing is sure of heads that change nothing, that cost more where there is but one cost to compare at, or by fewer
+    than `LEAST_PAIRS` different prompts, which redraws repeat.
+    """
     draws = bootstrap(prompts, 1, _DRAWS)
 
     def means(rows: torch.Tensor) -> tuple[Array, Array]:
@@ -160,12 +178,16 @@ def measure_gains(
         if len(curve) > 1:
             rival = at_cost(cost, np.stack([c for c, _ in curve]), np.stack([e for _, e in curve]))
         relative = difference(error, rival)
-        gains[dial] = Gain(ratio=1 + float(relative[0]), surely=float((relative[1:] < 0).mean()))
+        is_fair = len(curve) > 1 or bool(cost[0] <= curve[0][0][0])
+        differs = not torch.equal(rows, alone[dial])
+        is_better = is_fair and differs and len(set(prompts)) >= LEAST_PAIRS
+        surely = float((relative[1:] < 0).mean()) if is_better else 0.0
+        gains[dial] = Gain(ratio=1 + float(relative[0]), surely=surely)
     return gains
 
 
 def _mean_of(dial: float | None, rows: torch.Tensor) -> Dial:
-    error, equivalent_steps, evaluations = rows.mean(0).tolist()
+    error, equivalent_steps, evaluations = rows[:, :3].mean(0).tolist()
     return Dial(
         dial=dial or 0.0,
         equivalent_steps=equivalent_steps,

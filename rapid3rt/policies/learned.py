@@ -93,8 +93,10 @@ class HeadsConfig:
             )
         if len(self.dials) < 2 or any(not 0 < a < b for a, b in pairwise(self.dials)):
             raise ValueError(f"dials must be at least two, above 0 and rising, got {self.dials}")
-        if not set(self.silent) <= set(self.dials):
-            raise ValueError(f"silent must be some of the dials {self.dials}, got {self.silent}")
+        if not set(self.silent) <= set(self.dials) or len(set(self.silent)) < len(self.silent):
+            raise ValueError(
+                f"silent must be some of the dials {self.dials}, each once, got {self.silent}"
+            )
         if self.silent and not self.has_prior:
             raise ValueError(
                 f"silent must be empty without a prior, which would be left alone, got {self.silent}"
@@ -108,6 +110,15 @@ class HeadsConfig:
     def sampled(self) -> tuple[str, ...]:
         """The heads whose decisions are random in training."""
         return tuple(name for name in self.heads if name != "allocation")
+
+    def bends(self) -> tuple[float, ...]:
+        """Between a silent dial and one that is not: where heads begin to fade, and where they have."""
+        mixed = [
+            (a, b) if b in self.silent else (b, a)
+            for a, b in pairwise(self.dials)
+            if (a in self.silent) != (b in self.silent)
+        ]
+        return tuple(loud * (quiet / loud) ** way for loud, quiet in mixed for way in (0.25, 0.5))
 
     def share(self, b: float) -> float:
         """How much counts of what the sampled heads say, where images get b evaluations in the mean.
@@ -135,6 +146,11 @@ class Dial:
     equivalent_steps: float
     evaluations: float
     error: float
+
+
+def _inward(low: float, high: float) -> str:
+    """A range in two decimals, each of which lies within it."""
+    return f"{math.ceil(low * 100) / 100:.2f} to {math.floor(high * 100) / 100:.2f}"
 
 
 def setting_for(calibration: Sequence[Dial], equivalent_steps: float) -> float:
@@ -378,11 +394,11 @@ class LearnedPolicy:
         low, high = (self.calibration[i].equivalent_steps for i in (0, -1))
         nearest = min(max(wanted, low), high)
         if nearest != wanted and not self.takes_nearest:
-            ends = f"{max(ticks / high, 1):.3g} to {ticks / low:.3g}"
+            ends = _inward(max(ticks / high, 1), ticks / low)
             instead = f"a speed of {ends}, or a budget" if ticks >= low else "a budget"
             raise ValueError(
-                f"speed must ask for {low:.2f} to {high:.2f} equivalent steps, for which this policy was calibrated, "
-                f"got {wanted:.2f}; with {ticks} steps give {instead}"
+                f"speed must ask for {_inward(low, high)} equivalent steps, for which this policy was calibrated, "
+                f"got {wanted:.4g}; with {ticks} steps give {instead}"
             )
         if nearest != wanted:
             self.notes = (
@@ -458,10 +474,15 @@ class LearnedPolicy:
         order = torch.full_like(state.nfe, self.order, dtype=torch.int8)
         return StepDecision(next_sigma=following, order=order)
 
+    @property
+    def plans_images(self) -> bool:
+        """Whether every image has a number of evaluations of its own in the run that has begun."""
+        return self.prior is not None and self.prior.allocates and not self.prior.is_elsewhere
+
     def _allocate(self, state: DenoiseState) -> None:
-        assert self.prior is not None
-        if not self.prior.allocates or self.prior.is_elsewhere:
+        if not self.plans_images:
             return
+        assert self.prior is not None
         dial = torch.full_like(state.sigma, self.prior.mean)
         with torch.no_grad():
             stretch = self.heads.by_name["allocation"](state.conditioning.bfloat16(), dial)

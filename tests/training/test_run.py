@@ -332,6 +332,7 @@ def test_a_mistyped_field_names_the_nearest(capsys) -> None:
         (["--members", "1"], "members must be at least 2, a group of one says nothing, got 1"),
         (["--dials", "4", "29"], r"dials must be 1 to num_inference_steps \(28\)"),
         (["--dials", "0.5", "5"], "dials must be 1 to num_inference_steps"),
+        (["--dials", "4", "28"], r"dials must be below num_inference_steps \(28\) with an alloc"),
         (["--dials", "6", "5"], "dials must be at least two and rise"),
         (["--dials", "6"], "dials must be at least two and rise"),
         (["--dials", "nan", "5"], "dials must be 1 to"),

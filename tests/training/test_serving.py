@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import small_world
@@ -236,6 +237,28 @@ def test_heads_are_silenced_where_they_gain_nothing() -> None:
     gains = measure_gains(same, spoken, prompts)
     assert [gain.ratio for gain in gains.values()] == pytest.approx([3.9 / 4, 4.1 / 4])
     assert [gain.surely for gain in gains.values()] == [1, 0]
+    dear = {4.0: made_rows(1.0, 5.0, 0.1), 4.2: made_rows(4.0, 4.0, 0.0)}
+    assert [gain.surely for gain in measure_gains(same, dear, prompts).values()] == [0, 0]
+    # Heads that change nothing are no better, however the curve is made of dials that hardly differ.
+    close = {
+        4.0: made_rows(4.0, 4.0, 0.1),
+        4.1: made_rows(3.9, 4.001, 0.1),
+        8.0: made_rows(2, 8, 0.1),
+    }
+    assert not any(gain.surely for gain in measure_gains(close, close, prompts).values())
+    # Redraws of a few prompts are always the same.
+    better = {4.0: made_rows(3.9, 4.0, 0.1), 8.0: made_rows(1.9, 8.0, 0.1)}
+    assert all(gain.surely == 1 for gain in measure_gains(alone, better, prompts).values())
+    few = measure_gains(alone, better, [str(i % 23) for i in range(64)])
+    assert all(gain.surely == 0 for gain in few.values())
+
+
+def test_heads_that_fade_are_measured_where_they_do() -> None:
+    config = HeadsConfig(family="sd3", channels=4, conditioning=8, dials=(4.0, 8.0, 16.0))
+    assert config.bends() == ()
+    config = replace(config, silent=(8.0,))
+    assert config.bends() == pytest.approx((4 * 2**0.25, 4 * 2**0.5, 16 / 2**0.25, 16 / 2**0.5))
+    assert [config.share(b) for b in config.bends()] == pytest.approx([1, 0, 1, 0], abs=1e-9)
 
 
 @pytest.mark.slow
@@ -243,17 +266,41 @@ def test_a_calibration_is_of_the_heads_as_they_are_left(subject: Subject, ranks:
     heads = small_world.make_trained(small_world.DIAL, subject)
     validation = validate(subject.calibration, ranks)
     rows = validation.rows(heads, 4.0)
-    assert rows.shape == (4, 3)
+    assert rows.shape == (4, 4)
+    assert not rows[:, 3].any()  # nothing here plans for single images
     (low, middle, high), gains = validation.calibrate(heads, (4.0, 6.0), (5.0, 6.0))
     assert heads.config.silent == tuple(d for d, gain in gains.items() if gain.surely < 0.9)
     assert heads.config.silent  # random heads
     measured = validation.measure(heads, [4.0, 5.0, 6.0])
     assert [low, middle, high] == measured
-    silenced, _ = validation.calibrate(heads, (4.0, 6.0), (), lambda dial: dial / 8)
-    for dial, before in zip(silenced, (low, high), strict=True):
+    as_before, _ = validation.calibrate(heads, (4.0, 6.0), (), lambda dial: dial / 8)
+    assert as_before == (low, high)
+    heads = make_heads(replace(small_world.DIAL, heads=("allocation",), pairs=24), subject)
+    before_all, _ = validation.calibrate(heads, (4.0, 6.0), ())
+    lessened, gains = validation.calibrate(heads, (4.0, 6.0), (), lambda dial: dial / 8)
+    assert not gains
+    for dial, before in zip(lessened, before_all, strict=True):
         assert dial.evaluations == before.evaluations - dial.dial / 8
         assert dial.equivalent_steps == pytest.approx(before.equivalent_steps - dial.dial / 8)
         assert dial.error == before.error
+
+
+@pytest.mark.slow
+def test_a_calibration_stops_at_an_image_that_is_not_finite(
+    subject: Subject, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads = small_world.make_trained(small_world.DIAL, subject)
+    validation = validate(subject.calibration, ranks)
+    images = type(subject.calibration).images
+
+    def with_nan(bank: Any, pairs: range) -> torch.Tensor:
+        made = images(bank, pairs)
+        made[-1, 0, 0, 0] = torch.nan
+        return made
+
+    monkeypatch.setattr(type(subject.calibration), "images", with_nan)
+    with pytest.raises(ValueError, match=r"images at dial 4 must be finite, got .* for \d of 4"):
+        validation.calibrate(heads, (4.0, 6.0), ())
 
 
 def test_plans_of_the_calibration_are_held_against_all_plans(subject: Subject) -> None:
