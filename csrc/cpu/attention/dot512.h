@@ -11,7 +11,6 @@ struct DotProducts {
   using V = Vectors512;
   using Vec = V::Vec;
   static constexpr int kPair = 2, kType = kBFloat16;
-  static constexpr bool kConverts = false;
 
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
   static Vec negate(Vec x) { return _mm512_xor_ps(x, signs()); }
@@ -20,6 +19,10 @@ struct DotProducts {
   }
   static Vec load_words(const char* row, int64_t word, int64_t n) {
     return _mm512_maskz_loadu_ps(V::first(n), row + 4 * word);
+  }
+
+  static void load_row(Word* to, const char* row, int64_t dim) {
+    __builtin_memcpy(to, row, static_cast<size_t>(2 * dim));
   }
 
   // n channels from d on of two rows, paired; no odd one is zeros.

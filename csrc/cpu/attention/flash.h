@@ -7,12 +7,11 @@
 // and the left operand of both products (keys, values) is broadcast from memory word by word. A
 // word is 4 bytes: a float, or two bfloat16 that follow each other along the axis that is summed
 // over (M::kPair = 2). Values are cut into strips of as many channels as a product makes at once,
-// so that it reads memory front to back; keys of the caller are used where they lie, but for those
-// that must be converted. Both is done once per head, not once per tile.
+// and keys put together, so that products read memory front to back: rows a caller's stride apart
+// share few sets of the first cache. Both is done once per head, not once per tile.
 //
 // V, vectors of kLanes floats: load, store, set1, zero, mul, add, max, fma, exp2<degree>, ...
-// M, products: V, kPair, kType, whether they convert keys (kConverts), and how queries, keys,
-// values and weights become words.
+// M, products: V, kPair, kType, and how queries, keys, values and weights become words.
 //
 // No lane reads another and every sum runs in the order of the list: a query's result depends
 // neither on its neighbours in the tile nor on the width of the vectors' groups.
@@ -72,7 +71,7 @@ struct Plan {
   Word* logits;          // [kChunk, W]; the weights [kChunk / pair, W] take their place
   float* row_max;        // [block_q], in units of log2
   float* row_sum;        // [block_q]
-  const char** key_row;  // [kChunk]
+  const Word** key_row;  // [kChunk]
   Strips* strips;        // [kChunk], of the chunk's blocks
   int64_t bytes;
 };
@@ -93,7 +92,7 @@ inline Plan make_plan(const Tile& t, int64_t chunk = kChunk) {
   p.logits = static_cast<Word*>(take(chunk * kWidest, 4));
   p.row_max = static_cast<float*>(take(num_q, 4));
   p.row_sum = static_cast<float*>(take(num_q, 4));
-  p.key_row = static_cast<const char**>(take(chunk, sizeof(char*)));
+  p.key_row = static_cast<const Word**>(take(chunk, sizeof(Word*)));
   p.strips = static_cast<Strips*>(take(chunk, sizeof(Strips)));
   p.bytes = static_cast<int64_t>(at - begin);
   return p;
@@ -142,7 +141,7 @@ inline void make_logits(const Plan& p, const Word* queries, int64_t num_keys, in
   constexpr int R = V::kRows;
   for (int64_t key = 0; key < num_keys; key += R) {
     const Word* row[R];
-    for (int r = 0; r < R; ++r) row[r] = reinterpret_cast<const Word*>(p.key_row[key + r]);
+    for (int r = 0; r < R; ++r) row[r] = p.key_row[key + r];
     typename V::Vec acc[R][kVectors];
     clear<V, R>(acc);
     multiply<M, R>([&](int r, int64_t i) { return row[r][i]; }, queries, words, acc);
@@ -272,19 +271,19 @@ inline void store_output(const Tile& t, const Plan& p, int64_t dim) {
 
 // A group of keys is complete: the last one stands for those that are missing.
 inline void pad_keys(const Plan& p, int64_t num_keys) {
-  const char* const last = p.key_row[num_keys - 1];
+  const Word* const last = p.key_row[num_keys - 1];
   for (int64_t i = num_keys; i < round_up(num_keys, kKeyGroup); ++i) p.key_row[i] = last;
 }
 
-// Words of a packed block: keys [block_kv, head_dim], where they are converted, and strips.
+// Words of the keys of a packed block, [block_kv, head_dim / pair], and of its strips.
 template <class M>
-inline int64_t key_words(const Tile& t) {
-  return M::kConverts ? t.block_kv * t.head_dim : 0;
+inline int64_t block_words(const Tile& t) {
+  return t.block_kv * t.head_dim / M::kPair;
 }
 
 template <class M>
 inline int64_t packed_bytes(const Tile& t) {
-  return round_up((key_words<M>(t) + t.block_kv / M::kPair * t.head_dim) * 4, 64);
+  return round_up(2 * block_words<M>(t) * 4, 64);
 }
 
 template <class M>
@@ -297,12 +296,10 @@ inline void pack(const Tile& t, int64_t block, void* to) {
   Word* const keys = static_cast<Word*>(to);
   const char* const k = static_cast<const char*>(t.k.data) + first * t.k.token * bytes;
   const char* const v = static_cast<const char*>(t.v.data) + first * t.v.token * bytes;
-  if constexpr (M::kConverts) {
-    for (int64_t i = 0; i < num_keys; ++i) {
-      M::load_row(keys + i * dim, k + i * t.k.token * bytes, dim);
-    }
+  for (int64_t i = 0; i < num_keys; ++i) {
+    M::load_row(keys + i * (dim / M::kPair), k + i * t.k.token * bytes, dim);
   }
-  Word* const values = keys + key_words<M>(t);
+  Word* const values = keys + block_words<M>(t);
   const int64_t strip = t.block_kv / M::kPair * R;
   for (int64_t i = 0; i < num_keys; i += M::kPair) {
     const char* const row = v + i * t.v.token * bytes;
@@ -321,22 +318,16 @@ inline void pack(const Tile& t, int64_t block, void* to) {
 template <class M>
 inline Chunk next_chunk(const Tile& t, const Plan& p, int64_t& listed) {
   Chunk chunk{0, 0};
-  const int64_t k_token = t.k.token * element_bytes(M::kType), dim = t.head_dim;
-  const int64_t block_bytes = packed_bytes<M>(t);
+  const int64_t key_words = t.head_dim / M::kPair, block_bytes = packed_bytes<M>(t);
   bool whole = true;
   for (; listed < t.num_listed && whole && chunk.num_keys + t.block_kv <= kChunk; ++listed) {
     const int64_t block = t.index == nullptr ? listed : t.index[listed];
-    const int64_t first = block * t.block_kv;
-    const int64_t num_keys = smaller(t.block_kv, t.num_kv - first);
+    const int64_t num_keys = smaller(t.block_kv, t.num_kv - block * t.block_kv);
     if (num_keys <= 0) continue;
     const char* const packed = static_cast<const char*>(t.packed) + block * block_bytes;
-    const char* const keys =
-        M::kConverts ? packed : static_cast<const char*>(t.k.data) + first * k_token;
-    for (int64_t i = 0; i < num_keys; ++i) {
-      p.key_row[chunk.num_keys + i] = keys + i * (M::kConverts ? dim * 4 : k_token);
-    }
-    p.strips[chunk.num_blocks++] = {reinterpret_cast<const Word*>(packed) + key_words<M>(t),
-                                    (num_keys + M::kPair - 1) / M::kPair};
+    const Word* const keys = reinterpret_cast<const Word*>(packed);
+    for (int64_t i = 0; i < num_keys; ++i) p.key_row[chunk.num_keys + i] = keys + i * key_words;
+    p.strips[chunk.num_blocks++] = {keys + block_words<M>(t), (num_keys + M::kPair - 1) / M::kPair};
     chunk.num_keys += num_keys;
     whole = num_keys == t.block_kv;
   }
@@ -383,7 +374,6 @@ struct FloatProducts {
   using V = Vectors;
   using Vec = typename V::Vec;
   static constexpr int kPair = 1, kType = kElement;
-  static constexpr bool kConverts = kElement != kFloat32;
 
   static Vec fma(Vec a, Vec b, Vec c) { return V::fma(a, b, c); }
   static Vec negate(Vec x) { return V::mul(x, V::set1(-1.0f)); }
