@@ -138,6 +138,11 @@ def planned_steps(
     return (plans - SLACK).ceil().clamp(min=1)
 
 
+def even_steps(dial: float, ticks: int) -> int:
+    """Evaluations of every image where all get the same, as `policies.allocation` rounds them."""
+    return min(max(math.ceil(dial - SLACK), 1), ticks)
+
+
 def _ridge(x: torch.Tensor, y: torch.Tensor, penalty: float) -> torch.Tensor:
     """Weights `[D]` that lower |y - mean - x w|^2 + penalty |w|^2."""
     gram = x.T @ x + penalty * torch.eye(x.shape[1], dtype=x.dtype)

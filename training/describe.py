@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 
-from training.allocation import TABLE
+from training.allocation import TABLE, even_steps
 from training.bank import REFERENCE_STEPS
 from training.config import Recipe, as_json
 from training.validation import FURTHER_DIALS
@@ -38,8 +38,12 @@ def count_bank(recipe: Recipe) -> int:
     reference = REFERENCE_STEPS + ("allocation" in recipe.heads)
     train = reference + (table if recipe.prior else 0)
     train += steps if recipe.omega and has_rollouts(recipe) else 0
-    calibration = reference * recipe.calibration_pairs if recipe.prior else 0
-    return train * recipe.pairs + (REFERENCE_STEPS + table) * recipe.validation_pairs + calibration
+    calibration = reference if recipe.prior else 0
+    if "allocation" in recipe.heads:
+        calibration += sum({even_steps(dial, steps) for dial in recipe.dials})
+    train *= recipe.pairs
+    validation = (REFERENCE_STEPS + table) * recipe.validation_pairs
+    return train + validation + calibration * recipe.calibration_pairs
 
 
 def count_rollouts(recipe: Recipe) -> int:

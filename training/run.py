@@ -46,7 +46,7 @@ from training.recipes import RECIPES
 from training.rewards import WeightedSum, make_reward, read_options
 from training.seeds import seed_of
 from training.subject import BUNDLED, Subject, load_subject, user_path
-from training.validation import FURTHER_DIALS, Gain, Validation
+from training.validation import FURTHER_DIALS, Gains, Validation
 from training.ways import folder_digest
 
 _FREE = (
@@ -180,7 +180,7 @@ def _train(
     else:
         best, fitted = _iterate(recipe, trainer, validation, checkpoints, contents, logs)
     calibration: tuple[Dial, ...] = ()
-    gains: dict[float, Gain] = {}
+    gains: Gains = {}
     if subject.calibration is not None:
         logs.say("calibrating the dials")
         further = [dial for dial in FURTHER_DIALS if dial <= recipe.num_inference_steps]
@@ -188,17 +188,24 @@ def _train(
         calibration, gains = fresh.calibrate(
             heads, recipe.dials, further, _plan_excess(heads, subject, recipe)
         )
-        for dial, gain in gains.items():
-            logs.say(
-                f"dial {dial:g}: {gain.ratio:.2f} of the error without the sampled heads, below 1 in "
-                f"{gain.surely:.0%} of redraws{'; silent' * (dial in heads.config.silent)}"
-            )
+        _tell_gains(logs, gains)
     folder = finish(recipe, subject, heads, calibration, gains, fitted, best)
     if ranks.is_main:
         folder.save(command.out / "policy")
     ranks.wait()
     logs.say(f"policy: {command.out / 'policy'}")
     return command.out / "policy"
+
+
+def _tell_gains(logs: Logs, gains: Gains) -> None:
+    """What every dial gained by what was learned, and where that is left out."""
+    kinds = {"allocation": "plans of images' own", "sampled": "with the sampled heads"}
+    for what, by_dial in gains.items():
+        for dial, gain in by_dial.items():
+            logs.say(
+                f"dial {dial:g}: {kinds[what]}: {gain.ratio:.2f} of the error without at equal cost, below 1 in "
+                f"{gain.surely:.0%} of redraws{'; left out here' * (not gain.is_sure)}"
+            )
 
 
 def _plan_excess(heads: Heads, subject: Subject, recipe: Recipe) -> Callable[[float], float] | None:
@@ -451,7 +458,7 @@ def finish(
     subject: Subject,
     heads: Heads,
     calibration: tuple[Dial, ...],
-    gains: Mapping[float, Gain],
+    gains: Gains,
     fitted: Mapping[str, float],
     best: int | None,
 ) -> PolicyFolder:
@@ -461,7 +468,10 @@ def finish(
         "recipe": as_json(recipe),
         "iteration": best,
         "warm_start": {name: value for name, value in fitted.items() if math.isfinite(value)},
-        "gains": {f"{dial:g}": asdict(gain) for dial, gain in gains.items()},
+        "gains": {
+            what: {f"{dial:g}": asdict(gain) for dial, gain in by_dial.items()}
+            for what, by_dial in gains.items()
+        },
         "validation_pairs": len(subject.validation),
         "calibration_pairs": 0 if subject.calibration is None else len(subject.calibration),
         "searched": dict(searched.provenance.get("searched", searched.provenance)),

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 import rapid3rt
+from rapid3rt.policies.heads import AllocationHead
 from rapid3rt.policies.learned import Dial, Heads, LearnedPolicy
 from rapid3rt.policies.schedule import WarpFamily
 from rapid3rt.types import ActionCosts
-from training.allocation import TABLE
+from training.allocation import TABLE, even_steps
 from training.bank import Bank, accelerated
 from training.config import LEAST_PAIRS
 from training.ranks import Ranks
@@ -24,7 +25,7 @@ FURTHER_DIALS = (4.0, 12.0, 17.0, 20.0)
 """That a finished policy is calibrated at, beside those of training."""
 _DRAWS = 1000
 _SURE = 0.9
-"""Share of redraws in which heads must be better at a dial, or they are silent there."""
+"""Share of redraws in which what was learned must be better at a dial, or it is left out there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,31 +69,49 @@ class Validation:
         dials: Sequence[float],
         further: Sequence[float],
         excess: Callable[[float], float] | None = None,
-    ) -> tuple[tuple[Dial, ...], dict[float, Gain]]:
-        """Silence sampled heads, in place, at those of the dials where they gain nothing for sure, and measure all.
+    ) -> tuple[tuple[Dial, ...], Gains]:
+        """Leave out, in place, what gains nothing for sure at a dial, and measure all dials as they then are.
 
-        excess: by how many steps these pairs' plans at a dial exceed the usual ones: their cost is lessened by as much,
-        if these plans were taken. Also measured is where heads fall silent between dials. Returns the calibration, and
-        what the heads gained at the dials before any was silenced, empty without any. Raises `ValueError` for an image
-        that is not finite.
+        First plans of images' own, against the same number for all, then what the sampled heads say, against these
+        plans alone. excess: by how many steps these pairs' plans at a dial exceed the usual ones: their cost is
+        lessened by as much where plans were taken. Also measured is where heads fall silent between dials. Returns the
+        calibration, and what was gained at every dial before anything was left out there. Raises `ValueError` for an
+        image that is not finite.
         """
-        gains: dict[float, Gain] = {}
-        heads.config = whole = replace(heads.config, silent=())
+        gains: Gains = {}
+        heads.config = replace(heads.config, silent=tuple(dials) if heads.config.sampled else ())
         rows = {dial: self._finite_rows(heads, dial) for dial in dials}
+        if "allocation" in heads.config.heads and any(map(_are_planned, rows.values())):
+            even = {dial: self._even_rows(dial) for dial in dials}
+            gains["allocation"] = measure_gains(even, rows, self.bank.prompts)
+            unsure = _unsure(gains["allocation"])
+            head = heads.by_name["allocation"]
+            assert isinstance(head, AllocationHead)
+            head.level(unsure)
+            rows |= {dial: even[dial] for dial in unsure}
         if heads.config.sampled:
-            spoken = rows
-            heads.config = replace(whole, silent=tuple(dials))
-            rows = {dial: self._finite_rows(heads, dial) for dial in dials}
-            gains = measure_gains(rows, spoken, self.bank.prompts)
-            silent = tuple(dial for dial, gain in gains.items() if gain.surely < _SURE)
-            heads.config = replace(whole, silent=silent)
-            rows = {dial: rows[dial] if dial in silent else spoken[dial] for dial in dials}
+            heads.config = replace(heads.config, silent=())
+            spoken = {dial: self._finite_rows(heads, dial) for dial in dials}
+            gains["sampled"] = measure_gains(rows, spoken, self.bank.prompts)
+            silent = _unsure(gains["sampled"])
+            heads.config = replace(heads.config, silent=silent)
+            rows |= {dial: of_dial for dial, of_dial in spoken.items() if dial not in silent}
         between = [dial for dial in (*further, *heads.config.bends()) if dial not in rows]
         rows |= {dial: self._finite_rows(heads, dial) for dial in between}
-        measured = [_mean_of(dial, of_dial) for dial, of_dial in rows.items()]
-        if excess is not None and all(bool(of_dial[:, 3].all()) for of_dial in rows.values()):
-            measured = [self._without(excess(dial.dial), dial) for dial in measured]
+        measured = []
+        for dial, of_dial in rows.items():
+            is_planned = excess is not None and _are_planned(of_dial)
+            steps = excess(dial) if excess is not None and is_planned else 0.0
+            measured.append(self._without(steps, _mean_of(dial, of_dial)))
         return rising(measured), gains
+
+    def _even_rows(self, dial: float) -> torch.Tensor:
+        """As `rows`, of the same number for all, from the bank's tables."""
+        assert self.family is not None
+        k = even_steps(dial, self.bank.steps)
+        error = self.bank.searched(self.family, k).error.double()
+        steps = torch.full_like(error, float(k))
+        return torch.stack([error, steps * self.costs.levels[0], steps, torch.zeros_like(error)], 1)
 
     def _finite_rows(self, heads: Heads, dial: float) -> torch.Tensor:
         rows = self.rows(heads, dial)
@@ -142,12 +161,29 @@ class Validation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gain:
-    """What heads do at a dial. ratio: their error over the one at equal cost without them. surely: share of redraws of
-    the pairs in which it is below 1.
+    """What was learned does at a dial. ratio: the error with it over the one at equal cost without it. surely: share of
+    redraws of the pairs in which it is below 1.
     """
 
     ratio: float
     surely: float
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether it may be used."""
+        return self.surely >= _SURE
+
+
+Gains = dict[str, dict[float, Gain]]
+"""By dial, of `allocation` and of the `sampled` heads."""
+
+
+def _unsure(gains: Mapping[float, Gain]) -> tuple[float, ...]:
+    return tuple(dial for dial, gain in gains.items() if not gain.is_sure)
+
+
+def _are_planned(rows: torch.Tensor) -> bool:
+    return bool(rows[:, 3].all())
 
 
 def measure_gains(
@@ -155,10 +191,10 @@ def measure_gains(
     spoken: Mapping[float, torch.Tensor],
     prompts: Sequence[str],
 ) -> dict[float, Gain]:
-    """Of every dial. alone, spoken: rows of the dials without and with what the heads say; the same pairs.
+    """Of every dial. alone, spoken: rows of the dials without and with what was learned; the same pairs.
 
-    Nothing is sure of heads that change nothing, that cost more where there is but one cost to compare at, or by fewer
-    than `LEAST_PAIRS` different prompts, which redraws repeat.
+    Nothing is sure of what changes nothing, what costs more where there is but one cost to compare at, or by fewer than
+    `LEAST_PAIRS` different prompts, which redraws repeat.
     """
     draws = bootstrap(prompts, 1, _DRAWS)
 

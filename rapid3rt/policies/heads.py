@@ -130,6 +130,19 @@ class AllocationHead(nn.Module):
         offset = interpolate(dial, self.dials, self.offset)
         return strength * hardness.squeeze(1) + offset
 
+    def level(self, dials: Sequence[float]) -> None:
+        """Give all images the same at some of the dials that it was fitted at, in place."""
+        chosen = torch.isin(self.dials, self.dials.new_tensor(list(dials)))
+        with torch.no_grad():
+            self.strength.masked_fill_(chosen, 0.0)
+            self.offset.masked_fill_(chosen, 0.0)
+
+    def is_level(self, dial: float) -> bool:
+        """Whether all images get the same at a mean of `dial`: that mean."""
+        dials, at = self.dials.cpu(), torch.tensor([dial])
+        parts = (self.strength.detach().cpu(), self.offset.detach().cpu())
+        return all(float(interpolate(at, dials, part)) == 0 for part in parts)
+
 
 def count_parameters(heads: Mapping[str, nn.Module] | nn.Module) -> int:
     """Numbers that training changes."""

@@ -320,7 +320,7 @@ class LearnedPolicy:
         self.notes: tuple[str, ...] = ()
         self._seeds, self._record, self._teacher = seeds, record, teacher
         self._noise: Noise | None = None
-        self._share = 1.0
+        self._share, self._is_level = 1.0, False
 
     @property
     def allocates(self) -> bool:
@@ -360,8 +360,10 @@ class LearnedPolicy:
             self.prior.begin(run)
             stretches = "allocation" in self.heads.config.heads and self.prior.allocates
             self.notes += misfit_notes(self.prior.family, run, allocates=stretches)
+            head = self.heads.by_name["allocation"] if stretches else None
+            self._is_level = isinstance(head, AllocationHead) and head.is_level(self.prior.mean)
             self._share = self.heads.config.share(self.prior.mean)
-            self.notes += self._tell_silence()
+            self.notes += self._tell_level() + self._tell_silence()
         if self._teacher is not None:
             self._teacher.begin(run)
         self._run = run
@@ -374,6 +376,15 @@ class LearnedPolicy:
         self._velocity: torch.Tensor | None = None
         self._stretch = torch.ones(run.images, device=run.device)
         self._left = unknown
+
+    def _tell_level(self) -> tuple[str, ...]:
+        assert self.prior is not None
+        if not self._is_level or self.prior.is_elsewhere:
+            return ()
+        return (
+            f"allocation: all images get the same at {self.prior.mean:.3g} evaluations in the mean; plans of their own "
+            "were no sure gain there when they were tried",
+        )
 
     def _tell_silence(self) -> tuple[str, ...]:
         assert self.prior is not None
@@ -477,7 +488,9 @@ class LearnedPolicy:
     @property
     def plans_images(self) -> bool:
         """Whether every image has a number of evaluations of its own in the run that has begun."""
-        return self.prior is not None and self.prior.allocates and not self.prior.is_elsewhere
+        if self.prior is None or self._is_level:
+            return False
+        return self.prior.allocates and not self.prior.is_elsewhere
 
     def _allocate(self, state: DenoiseState) -> None:
         if not self.plans_images:

@@ -36,7 +36,7 @@ def test_the_count_by_hand() -> None:
     assert count_bank(paper) == 10 * (80 + 8) + 4 * (80 + table)
     allocation = replace(recipe, heads=("allocation",), pairs=30)
     assert count_rollouts(allocation) == 0
-    assert count_bank(allocation) == 30 * (81 + table) + 4 * (80 + table) + 3 * 81
+    assert count_bank(allocation) == 30 * (81 + table) + 4 * (80 + table) + 3 * (81 + 4 + 6)
     assert count_served(allocation) == 3 * (4 + 6)
     assert "iteration" not in describe(allocation).split("}")[1]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ import torch
 import rapid3rt
 from rapid3rt.pipeline import model_id
 from rapid3rt.policies.folder import PolicyFolder
+from rapid3rt.policies.heads import AllocationHead
 from rapid3rt.policies.learned import Dial, Heads, HeadsConfig, LearnedPolicy
-from rapid3rt.policies.schedule import WarpFamily
+from rapid3rt.policies.schedule import ScheduleFamily, WarpFamily
 from rapid3rt.types import AUTO
 from training.allocation import planned_steps, read_conditioning
 from training.bank import Bank, accelerated
@@ -269,20 +271,92 @@ def test_a_calibration_is_of_the_heads_as_they_are_left(subject: Subject, ranks:
     assert rows.shape == (4, 4)
     assert not rows[:, 3].any()  # nothing here plans for single images
     (low, middle, high), gains = validation.calibrate(heads, (4.0, 6.0), (5.0, 6.0))
-    assert heads.config.silent == tuple(d for d, gain in gains.items() if gain.surely < 0.9)
-    assert heads.config.silent  # random heads
+    assert set(gains) == {"sampled"}
+    assert heads.config.silent == (4.0, 6.0)  # four pairs are sure of nothing
     measured = validation.measure(heads, [4.0, 5.0, 6.0])
     assert [low, middle, high] == measured
     as_before, _ = validation.calibrate(heads, (4.0, 6.0), (), lambda dial: dial / 8)
     assert as_before == (low, high)
-    heads = make_heads(replace(small_world.DIAL, heads=("allocation",), pairs=24), subject)
-    before_all, _ = validation.calibrate(heads, (4.0, 6.0), ())
-    lessened, gains = validation.calibrate(heads, (4.0, 6.0), (), lambda dial: dial / 8)
-    assert not gains
-    for dial, before in zip(lessened, before_all, strict=True):
-        assert dial.evaluations == before.evaluations - dial.dial / 8
-        assert dial.equivalent_steps == pytest.approx(before.equivalent_steps - dial.dial / 8)
-        assert dial.error == before.error
+
+
+def make_allocation(subject: Subject, heads: tuple[str, ...] = ("allocation",)) -> Heads:
+    """Heads whose plans differ between images at both dials."""
+    made = make_heads(replace(small_world.DIAL, heads=heads, pairs=24), subject)
+    head = made.by_name["allocation"]
+    assert isinstance(head, AllocationHead)
+    seen = read_conditioning(subject.training)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        head.mean.copy_(seen.mean(0))
+        head.spread.copy_(seen.std(0).clamp(min=1e-6))
+        torch.nn.init.normal_(head.hardness.weight, std=seen.shape[1] ** -0.5)
+        head.strength.fill_(0.5)
+        head.offset.fill_(0.05)
+    return made
+
+
+@pytest.mark.slow
+def test_a_dial_whose_plans_were_levelled_is_the_family(subject: Subject, ranks: Ranks) -> None:
+    heads = make_allocation(subject)
+    validation = validate(subject.calibration, ranks)
+    own = validation.rows(heads, 4.0)
+    assert own[:, 3].all()
+    assert len(own[:, 2].unique()) > 1
+    head = heads.by_name["allocation"]
+    assert isinstance(head, AllocationHead)
+    other = validation.rows(heads, 6.0)
+    head.level([4.0])
+    levelled, family = validation.rows(heads, 4.0), validation._even_rows(4.0)
+    assert torch.equal(levelled[:, 1:], family[:, 1:])
+    assert levelled[:, 0].tolist() == pytest.approx(family[:, 0].tolist(), rel=1e-5)
+    assert torch.equal(validation.rows(heads, 6.0), other)
+    assert validation.rows(heads, 5.0)[:, 3].all()  # half as strong there
+    policy = LearnedPolicy(heads, small_world.FAMILY, order=AUTO, dial=4.0)
+    images, nfe, notes = call(subject, policy)
+    assert set(nfe) == {4}
+    assert any("allocation: all images get the same at 4 evaluations" in note for note in notes)
+    plain = ScheduleFamily(replace(small_world.FAMILY, allocation=None), budget=4)
+    assert torch.equal(images, call(subject, plain)[0])
+    _, _, notes = call(subject, LearnedPolicy(heads, small_world.FAMILY, order=AUTO, dial=6.0))
+    assert not any("allocation" in note for note in notes)
+    _, gains = validation.calibrate(heads, (4.0, 6.0), ())
+    assert head.is_level(5)  # four pairs are sure of nothing
+    assert [gain.surely for gain in gains["allocation"].values()] == [0, 0]
+
+
+def test_plans_are_levelled_where_they_gain_nothing(
+    subject: Subject, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And heads are then held against what is left of the plans."""
+    heads = make_allocation(subject, ("allocation", "step"))
+    head = heads.by_name["allocation"]
+    assert isinstance(head, AllocationHead)
+    prompts = SimpleNamespace(prompts=[str(i) for i in range(64)])
+    validation = replace(validate(subject.calibration, ranks), bank=prompts)
+
+    def rows(_: Validation, heads: Heads, dial: float) -> torch.Tensor:
+        error = 16 / dial  # the family's
+        if not head.is_level(dial):
+            error *= 0.5 if dial < 6 else 1.2
+        error *= 1 - 0.1 * heads.config.share(dial)  # heads are better everywhere
+        plans = torch.full((64, 1), float(not head.is_level(dial)))
+        return torch.cat([made_rows(error, dial, 0.01), plans], 1)
+
+    def even(_: Validation, dial: float) -> torch.Tensor:
+        return torch.cat([made_rows(16 / dial, dial, 0.01), torch.zeros(64, 1)], 1)
+
+    monkeypatch.setattr(Validation, "rows", rows)
+    monkeypatch.setattr(Validation, "_even_rows", even)
+    dials, gains = validation.calibrate(heads, (4.0, 6.0), (), lambda dial: dial / 8)
+    assert [head.is_level(dial) for dial in (4, 5, 6, 8)] == [False, False, True, True]
+    assert [gain.is_sure for gain in gains["allocation"].values()] == [True, False]
+    assert [gain.ratio for gain in gains["allocation"].values()] == pytest.approx([0.5, 1.2])
+    assert [gain.ratio for gain in gains["sampled"].values()] == pytest.approx([0.9, 0.9])
+    assert heads.config.silent == ()
+    # Plans that were taken exceed the usual ones; the same number for all does not.
+    assert [dial.equivalent_steps for dial in dials] == pytest.approx([4 - 4 / 8, 6])
+    assert [dial.evaluations for dial in dials] == pytest.approx([4 - 4 / 8, 6])
+    assert [dial.error for dial in dials] == pytest.approx([8 / 4 * 0.9, 16 / 6 * 0.9])
 
 
 @pytest.mark.slow
@@ -306,11 +380,7 @@ def test_a_calibration_stops_at_an_image_that_is_not_finite(
 def test_plans_of_the_calibration_are_held_against_all_plans(subject: Subject) -> None:
     assert _plan_excess(make_heads(small_world.DIAL, subject), subject, small_world.DIAL) is None
     recipe = replace(small_world.DIAL, heads=("allocation",), pairs=24)
-    heads = make_heads(recipe, subject)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        for parameter in heads.parameters():
-            torch.nn.init.normal_(parameter, std=0.5)
+    heads = make_allocation(subject)
     excess = _plan_excess(heads, subject, recipe)
     assert excess is not None
     assert subject.calibration is not None
