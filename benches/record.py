@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shlex
 import subprocess
 import sys
@@ -13,30 +12,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from rapid3rt.testing.machine import machine as measured_on
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
-    """Processor, its features that matter, threads, versions, commit and the command line."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = next(
-        (line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")),
-        "",
-    )
-    flags = next(
-        (line.split(":")[1].split() for line in info.splitlines() if line.startswith("flags")), []
-    )
+    """Processor, threads, versions, commit and the command line."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
     return {
-        "processor": name or platform.processor(),
-        "features": [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags],
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **measured_on(),
         "commit": commit.stdout.strip(),
         # Where things lie on this machine is nobody's business.
         "command": shlex.join(["python", *(a if a[:1] != "/" else Path(a).name for a in sys.argv)]),

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where numbers come from: processor, threads, versions, commit. No paths: where things lie is nobody's business."""
+"""Where the numbers of a run come from."""
 
 from __future__ import annotations
 
-import platform
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import diffusers
 import torch
 
-_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+from rapid3rt.testing.machine import machine as measured_on
 
 
 def set_threads(number: int) -> None:
@@ -23,24 +22,8 @@ def set_threads(number: int) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Processor with the features that matter, threads, versions, and the commit where git knows one."""
-    return {
-        "processor": _cpu("model name") or platform.processor(),
-        "features": [name for name in _FEATURES if name in _cpu("flags").split()],
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "commit": _commit(),
-    }
-
-
-def _cpu(field: str) -> str:
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return ""
-    lines = (line for line in info.read_text().splitlines() if line.startswith(field))
-    return next(lines, ":").partition(":")[2].strip()
+    """Processor, threads, versions, and the commit where git knows one."""
+    return {**measured_on(), "diffusers": diffusers.__version__, "commit": _commit()}
 
 
 def _commit() -> str | None:
