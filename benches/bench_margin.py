@@ -89,9 +89,7 @@ def outcome(runs: Runs, way: ways.Way) -> Outcome:
     """Of all pairs, behind a progress bar."""
     pairs = len(runs.scenes)
     with tqdm(total=pairs, desc=way.key[:40], unit="image") as bar:
-        for size in runs.batches(way, pairs):
-            bar.update(size)
-    return runs.outcome(way, pairs)
+        return runs.outcome(way, pairs, bar.update)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

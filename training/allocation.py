@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rapid3rt.policies.allocation import SLACK, limits
+from rapid3rt.policies.allocation import limits, whole
 from rapid3rt.policies.fixed import Steps
 from rapid3rt.policies.heads import AllocationHead
 from rapid3rt.policies.schedule import WarpFamily
@@ -135,12 +135,12 @@ def planned_steps(
         device = head.offset.device
         b = torch.full((len(conditioning),), dial, device=device)
         plans = _plans(head(conditioning.to(device), b).cpu(), math.log(dial), ticks)
-    return (plans - SLACK).ceil().clamp(min=1)
+    return whole(plans)
 
 
 def even_steps(dial: float, ticks: int) -> int:
-    """Evaluations of every image where all get the same, as `policies.allocation` rounds them."""
-    return min(max(math.ceil(dial - SLACK), 1), ticks)
+    """Evaluations of every image where all get the same."""
+    return min(int(whole(torch.tensor(dial))), ticks)
 
 
 def _ridge(x: torch.Tensor, y: torch.Tensor, penalty: float) -> torch.Tensor:

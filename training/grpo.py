@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from rapid3rt.policies.heads import AllocationHead
 from rapid3rt.policies.learned import Heads
 from training import loss
 from training.allocation import TABLE, planned_steps, read_conditioning
@@ -338,10 +337,9 @@ class Trainer:
         At every dial at once, also those that no group of this rank has: reading the bank, ranks wait for each other.
         """
         dials, bank = self.recipe.dials, self.subject.training
-        if "allocation" not in self.heads.config.heads:
+        head = self.heads.allocation
+        if head is None:
             return {_name(b): torch.full((len(bank),), float(max(1, round(b)))) for b in dials}
-        head = self.heads.by_name["allocation"]
-        assert isinstance(head, AllocationHead)
         seen, ticks = read_conditioning(bank), self.recipe.num_inference_steps
         return {_name(b): planned_steps(head, seen, b, ticks) for b in dials}
 

@@ -28,7 +28,6 @@ import tyro
 from rapid3rt.calibrate.command import make_folder, stop
 from rapid3rt.errors import StateError, UnsupportedError
 from rapid3rt.policies.folder import PolicyFolder
-from rapid3rt.policies.heads import AllocationHead
 from rapid3rt.policies.learned import Dial, Heads, HeadsConfig
 from training.allocation import fit_head, planned_steps, read_conditioning, read_pairs
 from training.bank import REFERENCE_STEPS
@@ -46,7 +45,7 @@ from training.recipes import RECIPES
 from training.rewards import WeightedSum, make_reward, read_options
 from training.seeds import seed_of
 from training.subject import BUNDLED, Subject, load_subject, user_path
-from training.validation import FURTHER_DIALS, Gains, Validation
+from training.validation import FURTHER_DIALS, Gains, Validation, no_excess
 from training.ways import folder_digest
 
 _FREE = (
@@ -155,7 +154,7 @@ def _train(
     heads = make_heads(recipe, subject).to(ranks.device)
     if subject.calibration is not None:  # what is wrong with it must not show when all is trained
         subject.calibration.converged()
-        if "allocation" in recipe.heads:
+        if heads.allocation is not None:
             read_conditioning(subject.calibration)
     trainer = None
     if heads.config.sampled:
@@ -208,16 +207,14 @@ def _tell_gains(logs: Logs, gains: Gains) -> None:
             )
 
 
-def _plan_excess(heads: Heads, subject: Subject, recipe: Recipe) -> Callable[[float], float] | None:
+def _plan_excess(heads: Heads, subject: Subject, recipe: Recipe) -> Callable[[float], float]:
     """Of a dial: by how many steps the plans of the calibration pairs exceed those of all pairs, in the mean.
 
-    Captions alone decide on plans, so the training pairs can say what is usual too. None without an allocation.
+    Captions alone decide on plans, so the training pairs can say what is usual too. 0 without an allocation.
     """
-    bank = subject.calibration
-    if bank is None or "allocation" not in heads.config.heads:
-        return None
-    head = heads.by_name["allocation"]
-    assert isinstance(head, AllocationHead)
+    bank, head = subject.calibration, heads.allocation
+    if bank is None or head is None:
+        return no_excess
     own, others = read_conditioning(bank), read_conditioning(subject.training)
     every = torch.cat([own, others])
 
@@ -411,11 +408,9 @@ def _warm_start(
     heads: Heads, subject: Subject, recipe: Recipe, ranks: Ranks, logs: Logs
 ) -> dict[str, float]:
     """Fit the allocation head to the bank, or clone the searched schedule. Returns what came of it."""
-    family = subject.searched.schedule
+    family, head = subject.searched.schedule, heads.allocation
     fitted: dict[str, float] = {}
-    if family is not None and "allocation" in heads.config.heads:
-        head = heads.by_name["allocation"]
-        assert isinstance(head, AllocationHead)
+    if family is not None and head is not None:
         pairs = read_pairs(subject.training, family)
         fitted = fit_head(head, pairs, recipe.num_inference_steps)
     elif family is not None and not recipe.prior and recipe.warm_start:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,12 +86,14 @@ class Runs:
                 self._make(way, start, size, path)
             yield size
 
-    def outcome(self, way: Way, pairs: int) -> Outcome:
-        """Of the first pairs."""
-        parts = [
-            self._read(way, start, min(BATCH, pairs - start))
-            for start, _ in zip(range(0, pairs, BATCH), self.batches(way, pairs), strict=True)
-        ]
+    def outcome(
+        self, way: Way, pairs: int, tell: Callable[[int], object] = lambda size: None
+    ) -> Outcome:
+        """Of the first pairs, made where they are missing. tell: hears the size of every batch once it is there."""
+        parts = []
+        for start, size in zip(range(0, pairs, BATCH), self.batches(way, pairs), strict=True):
+            tell(size)
+            parts.append(self._read(way, start, size))
         images, cost, nfe, points, dense = (torch.cat(part) for part in zip(*parts, strict=True))
         return Outcome(images=images, cost=cost, nfe=nfe, score=points, dense=dense)
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from rapid3rt.tiny.scenes import Scene
 from training import ways
-from training.runs import Runs
+from training.runs import Outcome, Runs
 from training.similarity import psnr, squared_error, ssim
 from training.statistics import Array
 from training.ways import PLAIN, Way
@@ -101,11 +101,9 @@ class Meter:
             "dense": made.dense,
         }
 
-    def _outcome(self, way: Way, pairs: int) -> Any:
+    def _outcome(self, way: Way, pairs: int) -> Outcome:
         self._bar.set_postfix_str(way.key[:40], refresh=False)
-        for size in self.runs.batches(way, pairs):
-            self._advance(size * way.evaluations)
-        return self.runs.outcome(way, pairs)
+        return self.runs.outcome(way, pairs, lambda size: self._advance(size * way.evaluations))
 
     def _advance(self, evaluations: float) -> None:
         """A bar that has more behind it than it expected has no end to show: it grows."""

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 import rapid3rt
-from rapid3rt.policies.heads import AllocationHead
 from rapid3rt.policies.learned import Dial, Heads, LearnedPolicy
 from rapid3rt.policies.schedule import WarpFamily
 from rapid3rt.types import ActionCosts
@@ -26,6 +25,11 @@ FURTHER_DIALS = (4.0, 12.0, 17.0, 20.0)
 _DRAWS = 1000
 _SURE = 0.9
 """Share of redraws in which what was learned must be better at a dial, or it is left out there."""
+
+
+def no_excess(_: float) -> float:
+    """Of pairs whose plans are the usual ones."""
+    return 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +72,7 @@ class Validation:
         heads: Heads,
         dials: Sequence[float],
         further: Sequence[float],
-        excess: Callable[[float], float] | None = None,
+        excess: Callable[[float], float] = no_excess,
     ) -> tuple[tuple[Dial, ...], Gains]:
         """Leave out, in place, what gains nothing for sure at a dial, and measure all dials as they then are.
 
@@ -81,13 +85,11 @@ class Validation:
         gains: Gains = {}
         heads.config = replace(heads.config, silent=tuple(dials) if heads.config.sampled else ())
         rows = {dial: self._finite_rows(heads, dial) for dial in dials}
-        if "allocation" in heads.config.heads and any(map(_are_planned, rows.values())):
+        if heads.allocation is not None and any(map(_are_planned, rows.values())):
             even = {dial: self._even_rows(dial) for dial in dials}
             gains["allocation"] = measure_gains(even, rows, self.bank.prompts)
             unsure = _unsure(gains["allocation"])
-            head = heads.by_name["allocation"]
-            assert isinstance(head, AllocationHead)
-            head.level(unsure)
+            heads.allocation.level(unsure)
             rows |= {dial: even[dial] for dial in unsure}
         if heads.config.sampled:
             heads.config = replace(heads.config, silent=())
@@ -98,11 +100,10 @@ class Validation:
             rows |= {dial: of_dial for dial, of_dial in spoken.items() if dial not in silent}
         between = [dial for dial in (*further, *heads.config.bends()) if dial not in rows]
         rows |= {dial: self._finite_rows(heads, dial) for dial in between}
-        measured = []
-        for dial, of_dial in rows.items():
-            is_planned = excess is not None and _are_planned(of_dial)
-            steps = excess(dial) if excess is not None and is_planned else 0.0
-            measured.append(self._without(steps, _mean_of(dial, of_dial)))
+        measured = [
+            self._without(excess(dial) if _are_planned(of_dial) else 0.0, _mean_of(dial, of_dial))
+            for dial, of_dial in rows.items()
+        ]
         return rising(measured), gains
 
     def _even_rows(self, dial: float) -> torch.Tensor:
@@ -207,14 +208,13 @@ def measure_gains(
         cost, error = means(rows)
         if not curve or cost[0] > curve[-1][0][0]:
             curve.append((cost, error))
+    costs, errors = (np.stack(column) for column in zip(*curve, strict=True))
     gains: dict[float, Gain] = {}
     for dial, rows in spoken.items():
         cost, error = means(rows)
-        _, rival = means(alone[dial])
-        if len(curve) > 1:
-            rival = at_cost(cost, np.stack([c for c, _ in curve]), np.stack([e for _, e in curve]))
+        rival = at_cost(cost, costs, errors) if len(curve) > 1 else means(alone[dial])[1]
         relative = difference(error, rival)
-        is_fair = len(curve) > 1 or bool(cost[0] <= curve[0][0][0])
+        is_fair = len(curve) > 1 or bool(cost[0] <= costs[0, 0])
         differs = not torch.equal(rows, alone[dial])
         is_better = is_fair and differs and len(set(prompts)) >= LEAST_PAIRS
         surely = float((relative[1:] < 0).mean()) if is_better else 0.0

@@ -104,8 +104,12 @@ class Allocator:
         offset, exponent = (interpolate(u, self._u, y) for y in (self._offset, self._exponent))
         factor = (exponent * (detail(state.latents, velocity, state.sigma) - offset)).exp()
         planned = (self._setting * factor * stretch).clamp(*self._limits)
-        steps = (u / self._start * planned - SLACK).ceil().clamp(min=1)
-        return steps.clamp(max=self._ticks - state.tick)
+        return whole(u / self._start * planned).clamp(max=self._ticks - state.tick)
+
+
+def whole(steps: torch.Tensor) -> torch.Tensor:
+    """Evaluations that so many even steps take, of any shape: at least one, and what is left over may be `SLACK`."""
+    return (steps - SLACK).ceil().clamp(min=1)
 
 
 def log_ratio(guidance: float | None, reference: float | None) -> float:

@@ -210,6 +210,13 @@ class Heads(nn.Module):
             bias=self._bias(name),
         )
 
+    @property
+    def allocation(self) -> AllocationHead | None:
+        """None where none is among the heads."""
+        head = self.by_name["allocation"] if "allocation" in self.config.heads else None
+        assert head is None or isinstance(head, AllocationHead)
+        return head
+
     def _bias(self, name: str) -> Sequence[float] | None:
         if self.config.has_prior:
             return None
@@ -358,10 +365,9 @@ class LearnedPolicy:
             if self.speed is not None:
                 self.prior.dial = self._setting(run.ticks, self.speed)
             self.prior.begin(run)
-            stretches = "allocation" in self.heads.config.heads and self.prior.allocates
-            self.notes += misfit_notes(self.prior.family, run, allocates=stretches)
-            head = self.heads.by_name["allocation"] if stretches else None
-            self._is_level = isinstance(head, AllocationHead) and head.is_level(self.prior.mean)
+            head = self.heads.allocation if self.prior.allocates else None
+            self.notes += misfit_notes(self.prior.family, run, allocates=head is not None)
+            self._is_level = head is not None and head.is_level(self.prior.mean)
             self._share = self.heads.config.share(self.prior.mean)
             self.notes += self._tell_level() + self._tell_silence()
         if self._teacher is not None:
@@ -461,7 +467,7 @@ class LearnedPolicy:
     def decide_step(self, state: DenoiseState, velocity: torch.Tensor) -> StepDecision:
         assert state.computes is not None
         self._note(velocity, state.computes)
-        if "allocation" in self.heads.config.heads and state.tick == 0:
+        if state.tick == 0:
             self._allocate(state)
         ratio, taught, forced = None, None, torch.zeros_like(state.done)
         if self.prior is not None:
@@ -493,13 +499,13 @@ class LearnedPolicy:
         return self.prior.allocates and not self.prior.is_elsewhere
 
     def _allocate(self, state: DenoiseState) -> None:
-        if not self.plans_images:
+        head = self.heads.allocation
+        if head is None or not self.plans_images:
             return
         assert self.prior is not None
         dial = torch.full_like(state.sigma, self.prior.mean)
         with torch.no_grad():
-            stretch = self.heads.by_name["allocation"](state.conditioning.bfloat16(), dial)
-        self._stretch = stretch.exp()
+            self._stretch = head(state.conditioning.bfloat16(), dial).exp()
 
     def _choose(
         self,
