@@ -20,7 +20,8 @@ from training.bank import Bank, accelerated
 from training.seeds import seed_of
 from training.trajectory import Decisions, Recorder, join
 
-_PAIRS = 64
+LESSONS = 64
+"""Pairs that the teacher walks, at most."""
 _BATCH = 256
 _RATE = 1e-3
 _DOUBT = 0.1
@@ -70,7 +71,7 @@ def _lessons(
     heads: Heads, bank: Bank, family: WarpFamily, dial: float, order: int
 ) -> dict[str, Decisions]:
     parts: list[Decisions] = []
-    for start in range(0, min(len(bank), _PAIRS), bank.batch_size):
+    for start in range(0, min(len(bank), LESSONS), bank.batch_size):
         pairs = list(range(start, min(start + bank.batch_size, len(bank))))
         recorder = Recorder(heads, pairs)
         teacher = Prior(family, budget=round(dial))

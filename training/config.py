@@ -124,6 +124,11 @@ class Recipe:
             if not accepted:
                 raise ValueError(f"{name} must {requirement}, got {getattr(self, name)!r}")
 
+    @property
+    def teacher_dial(self) -> float:
+        """Evaluations of the searched schedule that heads without a prior first repeat."""
+        return self.dials[len(self.dials) // 2]
+
     def _of_heads(self) -> Iterator[tuple[str, bool, str]]:
         heads, dials, steps = self.heads, self.dials, self.num_inference_steps
         known = bool(heads) and set(heads) <= set(HEAD_NAMES) and len(set(heads)) == len(heads)

@@ -7,6 +7,7 @@ import json
 
 from training.allocation import TABLE, even_steps
 from training.bank import REFERENCE_STEPS
+from training.clone import LESSONS
 from training.config import Recipe, as_json
 from training.validation import FURTHER_DIALS
 
@@ -14,12 +15,14 @@ from training.validation import FURTHER_DIALS
 def describe(recipe: Recipe) -> str:
     """The resolved recipe, its batch geometry and its evaluations of the generator, as text."""
     bank, rollouts, validation = count_bank(recipe), count_rollouts(recipe), count_served(recipe)
-    total = bank + rollouts + validation
+    lessons = count_lessons(recipe)
+    total = bank + lessons + rollouts + validation
     lines = [
         json.dumps(as_json(recipe), indent=1),
         *_geometry(recipe),
         f"rollouts       {rollouts:,} evaluations of an image",
         f"bank           {bank:,}, once for all runs of this model on these pairs",
+        *([f"lessons        {lessons:,} of the searched schedule, to begin with"] if lessons else []),
         f"served         {validation:,} for validation and calibration",
         f"together       {total:,}: {total / 3600 / 1000:.2f} hours for every millisecond that one takes "
         "(python benches/bench_tick.py measures it)",
@@ -33,7 +36,7 @@ def has_rollouts(recipe: Recipe) -> bool:
 
 
 def count_bank(recipe: Recipe) -> int:
-    """Image evaluations of the bank: references, tables of the family, what warm starts and the discriminator see."""
+    """Image evaluations of the bank: references, tables of the family, what allocation and discriminator see."""
     steps, table = recipe.num_inference_steps, sum(_table(recipe))
     reference = REFERENCE_STEPS + ("allocation" in recipe.heads)
     train = reference + (table if recipe.prior else 0)
@@ -44,6 +47,13 @@ def count_bank(recipe: Recipe) -> int:
     train *= recipe.pairs
     validation = (REFERENCE_STEPS + table) * recipe.validation_pairs
     return train + validation + calibration * recipe.calibration_pairs
+
+
+def count_lessons(recipe: Recipe) -> int:
+    """Image evaluations of the schedule that heads without a prior first repeat, where the model has one."""
+    if recipe.prior or not recipe.warm_start:
+        return 0
+    return min(recipe.pairs, LESSONS) * round(recipe.teacher_dial)
 
 
 def count_rollouts(recipe: Recipe) -> int:

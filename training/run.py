@@ -418,7 +418,7 @@ def _warm_start(
             heads,
             subject.training,
             family,
-            dial=recipe.dials[len(recipe.dials) // 2],
+            dial=recipe.teacher_dial,
             order=recipe.order,
             steps=recipe.warm_start,
             seed=recipe.seed,

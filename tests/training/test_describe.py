@@ -14,7 +14,13 @@ import training.subject
 from training import run
 from training.bank import Bank
 from training.config import Recipe
-from training.describe import count_bank, count_rollouts, count_served, describe
+from training.describe import (
+    count_bank,
+    count_lessons,
+    count_rollouts,
+    count_served,
+    describe,
+)
 from training.recipes import RECIPES
 from training.rollout import Rollouts
 
@@ -34,6 +40,12 @@ def test_the_count_by_hand() -> None:
     assert count_served(recipe) == 4 * (1 + 3) * (4 + 6) + 3 * (2 * (4 + 6))
     paper = replace(small_world.PAPER, pairs=10, validation_pairs=4, omega=1.0)
     assert count_bank(paper) == 10 * (80 + 8) + 4 * (80 + table)
+    taught = replace(paper, warm_start=7)
+    assert [count_lessons(r) for r in (recipe, replace(paper, warm_start=0))] == [0, 0]
+    assert count_lessons(taught) == 10 * taught.dials[len(taught.dials) // 2]
+    assert count_lessons(replace(taught, pairs=100)) == 64 * taught.dials[len(taught.dials) // 2]
+    assert f"lessons        {count_lessons(taught)} of" in describe(taught)
+    assert "lessons" not in describe(recipe)
     allocation = replace(recipe, heads=("allocation",), pairs=30)
     assert count_rollouts(allocation) == 0
     assert count_bank(allocation) == 30 * (81 + table) + 4 * (80 + table) + 3 * (81 + 4 + 6)
