@@ -36,7 +36,7 @@ LEAST_HEAD_ROOM = 0.05
 """Lower bound of the head-room from which a share of it means something."""
 _LOOKUP_DRAWS = 20
 _DIFFICULTY_AT = 6
-_FEWEST_PAIRS = 8
+FEWEST_PAIRS = 8
 """Of a stratum, below which nothing is said about it."""
 _BINS = 8
 
@@ -141,7 +141,7 @@ def strata(comparison: Comparison) -> list[Json]:
 
 def _stratum(comparison: Comparison, chosen: NDArray[np.bool_]) -> Json:
     study, pairs = comparison.study, int(chosen.sum())
-    if pairs < _FEWEST_PAIRS:
+    if pairs < FEWEST_PAIRS:
         return {"pairs": pairs}
     dials = {
         f"{k:g}": comparison.at_ours(study.ours[k], study.searched, chosen) for k in study.dials

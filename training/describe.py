@@ -22,7 +22,11 @@ def describe(recipe: Recipe) -> str:
         *_geometry(recipe),
         f"rollouts       {rollouts:,} evaluations of an image",
         f"bank           {bank:,}, once for all runs of this model on these pairs",
-        *([f"lessons        {lessons:,} of the searched schedule, to begin with"] if lessons else []),
+        *(
+            [f"lessons        {lessons:,} of the searched schedule, to begin with"]
+            if lessons
+            else []
+        ),
         f"served         {validation:,} for validation and calibration",
         f"together       {total:,}: {total / 3600 / 1000:.2f} hours for every millisecond that one takes "
         "(python benches/bench_tick.py measures it)",

@@ -60,13 +60,14 @@ def can_draw() -> bool:
 
 
 def draw_all(document: Json, folder: Path) -> list[Path]:
-    """Every plot of the document; returns the files."""
+    """Every plot of the document that has something to show; returns the files."""
     parts: dict[str, Callable[[Json], Any]] = {
         "error": error_over_cost,
         "against": against_rivals,
         "adaptivity": adaptivity,
-        "strata": strata,
     }
+    if _kinds(document):
+        parts["strata"] = strata
     files = []
     for name, draw in parts.items():
         files.append(folder / f"{name}.png")
@@ -210,10 +211,10 @@ def _cost_over_difficulty(axes: Any, difficulty: Json) -> None:
 
 
 def strata(document: Json) -> Any:
-    """Error over cost within every kind of scene."""
-    kinds = [s for s in document["strata"] if s["by"] == "kind" and "curves" in s]
-    columns = min(3, max(1, len(kinds)))
-    rows = max(1, -(-len(kinds) // columns))
+    """Error over cost within every kind of scene of which there are pairs enough."""
+    kinds = _kinds(document)
+    columns = min(3, len(kinds))
+    rows = -(-len(kinds) // columns)
     figure = _figure(3.4 * columns, 2.9 * rows + 0.4)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, stratum in zip(panels, kinds, strict=False):
@@ -234,13 +235,17 @@ def strata(document: Json) -> Any:
         handles.values(),
         handles.keys(),
         loc="outside upper center",
-        ncols=min(6, len(handles) or 1),
+        ncols=min(6, len(handles)),
         frameon=False,
         fontsize=8,
     )
     figure.supxlabel("equivalent steps, mean over the images of the kind", fontsize=9, color=_INK)
     figure.supylabel("mean squared error", fontsize=9, color=_INK)
     return figure
+
+
+def _kinds(document: Json) -> list[Json]:
+    return [s for s in document["strata"] if s["by"] == "kind" and "curves" in s]
 
 
 def draw_grid(examples: Sequence[Example], titles: Sequence[str], path: Path) -> None:

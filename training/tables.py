@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from training.adaptivity import FEWEST_PAIRS
 from training.comparison import OURS
 
 Json = Mapping[str, Any]
@@ -167,7 +168,7 @@ def _strata(document: Json) -> str:
     ]
     text = (
         "## Within strata\n\nOurs against the searched family at the cost that ours has there; each cell: cost: "
-        "relative difference of the mean error."
+        f"relative difference of the mean error. {_NOTHING}: fewer than {FEWEST_PAIRS} pairs."
     )
     return text + "\n\n" + table(["by", "stratum", "pairs", *(f"dial {k}" for k in dials)], rows)
 

@@ -114,6 +114,14 @@ def test_every_picture_is_drawn(made: Study, tmp_path: Any) -> None:
         assert extrema[0] < 100  # there is ink
 
 
+@pytest.mark.slow
+def test_strata_of_too_few_pairs_are_not_drawn(tmp_path: Any) -> None:
+    made = document(study())
+    for stratum in made["strata"]:
+        stratum.pop("curves", None)
+    assert "strata" not in {file.stem for file in panels.draw_all(made, tmp_path)}
+
+
 def test_the_grid_shows_the_pixels_it_was_given(tmp_path: Any) -> None:
     red = torch.tensor([1.0, -1.0, -1.0])[:, None, None].expand(3, 8, 8)
     example = panels.Example(caption="a " * 300, images=(red, -red), notes=("", "note"))
