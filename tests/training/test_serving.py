@@ -364,6 +364,7 @@ def test_a_calibration_stops_at_an_image_that_is_not_finite(
 ) -> None:
     heads = small_world.make_trained(small_world.DIAL, subject)
     validation = validate(subject.calibration, ranks)
+    subject.calibration.converged()  # what the runs are held against is sound
     images = type(subject.calibration).images
 
     def with_nan(bank: Any, pairs: range) -> torch.Tensor:
