@@ -15,6 +15,9 @@ OUT ?= gpu-check
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 CPP := $(sort $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'))
+# Tests wait for disks, other processes and locks as much as they compute. A worker takes up to a gigabyte.
+WORKERS := -n auto --maxprocesses 4
+QUIETLY := OMP_WAIT_POLICY=PASSIVE
 RULES := CMakeLists.txt $(wildcard cmake/*.cmake)
 
 .DEFAULT_GOAL := help
@@ -27,11 +30,11 @@ demo: $(VENV)/.built ## Run the main job on the bundled SD3 pipeline; pictures a
 	$(BIN)/python -m rapid3rt.cli demo --out demo $(DEMO_ARGS)
 
 test: lint ## Lint, types and all tests
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(QUIETLY) $(BIN)/python -m pytest $(WORKERS) --dist loadfile $(TEST_ARGS)
 
 check: $(VENV)/.built ## Quick inner loop: lint and the tests that are not slow
 	$(BIN)/ruff check .
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not slow and not cuda" -n auto --dist worksteal -x -q $(TEST_ARGS)
+	$(QUIETLY) $(BIN)/python -m pytest -m "not slow and not cuda" $(WORKERS) --dist worksteal -x -q $(TEST_ARGS)
 
 lint: $(VENV)/.built ## Ruff, mypy and clang-format
 	$(BIN)/ruff check .
