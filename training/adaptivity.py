@@ -30,6 +30,7 @@ from training.statistics import (
     thirds,
 )
 from training.study import Measured
+from training.subject import met_captions
 from training.ways import PLAIN
 
 LEAST_HEAD_ROOM = 0.05
@@ -129,10 +130,18 @@ def shuffled_allocation(comparison: Comparison, seed: int = 0) -> Json:
 
 
 def strata(comparison: Comparison) -> list[Json]:
-    """By ground, number of objects and both: ours at every dial against the searched family at the same cost there."""
-    study = comparison.study
+    """By ground, number of objects, both, and whether training may have met the caption, with other noises.
+
+    Ours at every dial against the searched family at the same cost there.
+    """
+    study, met = comparison.study, met_captions()
     found = []
-    for by, kind in (("ground", _ground), ("objects", _objects), ("kind", kind_of)):
+    for by, kind in (
+        ("ground", _ground),
+        ("objects", _objects),
+        ("kind", kind_of),
+        ("caption", lambda scene: "met before" if scene.caption in met else "new"),
+    ):
         kinds = np.array([kind(scene) for scene in study.scenes])
         for name in sorted(set(kinds)):
             found.append({"by": by, "name": str(name), **_stratum(comparison, kinds == name)})

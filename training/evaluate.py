@@ -129,19 +129,23 @@ def _named(folder: Path) -> dict[str, str]:
 
 
 def _check_policy(folder: Path, base: Path, model: str) -> None:
-    """A policy of another model, or on another grid than its rivals, makes numbers that mean nothing."""
-    policy, grid = PolicyFolder.load(folder), PolicyFolder.load(base).schedule
+    """Of another model, on another grid or priced otherwise than its rivals, a policy makes numbers without meaning."""
+    policy, rivals = PolicyFolder.load(folder), PolicyFolder.load(base)
     if policy.model != model:
         raise ValueError(
             f"policy must be made for {model}, got '{folder}', made for {policy.model}"
         )
-    if policy.schedule is None or grid is None:
-        return
-    if ways.digest(policy.schedule) != ways.digest(grid):
-        raise ValueError(
-            f"base must have the searched family of the policy '{folder}', got another in '{base}'; "
-            "name the folder that the policy was trained on with --base"
-        )
+    grids = policy.schedule, rivals.schedule
+    families = {ways.digest(grid) for grid in grids if grid is not None}
+    for name, same in (
+        ("searched family", None in grids or len(families) == 1),
+        ("action costs", policy.costs == rivals.costs),
+    ):
+        if not same:
+            raise ValueError(
+                f"base must have the {name} of the policy '{folder}', got another in '{base}'; "
+                "name the folder that the policy was trained on with --base"
+            )
 
 
 def _draw_examples(protocol: Protocol, study: Study, path: Path) -> Path:

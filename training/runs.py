@@ -27,11 +27,12 @@ from rapid3rt.tiny.scenes import sample
 from rapid3rt.tiny.score import score
 from rapid3rt.types import COMPUTE, ActionCosts
 from training.peers import Work
+from training.seeds import seed_of
 from training.ways import Way
 
 BATCH = 16
-_VERSION = 1
-"""Of what the files mean: those of another version are made anew."""
+_VERSION = 2
+"""Of what the files mean: those of another version are made anew. 2: noises of a split's own."""
 _STEPS_OF_16_BITS = 65535
 
 
@@ -67,7 +68,7 @@ class Runs:
         tokens: int,
         store: Path,
     ) -> None:
-        self.pipe, self.seed = pipe, seed
+        self.pipe, self.split, self.seed = pipe, split, seed
         self.scenes = sample(pairs, seed, split)
         self.call = {"guidance_scale": guidance, "max_sequence_length": tokens}
         self.store = store / f"{_pipe_digest(pipe, self.call)}-{split}-{seed}"
@@ -136,13 +137,17 @@ class Runs:
             images = self.pipe(
                 [self.scenes[i].caption for i in pairs],
                 num_inference_steps=way.steps,
-                generator=[torch.Generator().manual_seed(self.seed * 100_003 + i) for i in pairs],
+                generator=[self.noise(i) for i in pairs],
                 output_type="pt",
                 **self.call,
             ).images.float()
             trace = _trace(self.pipe)
         spent = work.spent() if isinstance(work, Work) else _spent(trace, len(pairs), way.steps)
         return (images, *spent), trace
+
+    def noise(self, pair: int) -> torch.Generator:
+        """No other split's, nor one that anything was calibrated or trained with."""
+        return torch.Generator().manual_seed(seed_of(self.seed, self.split, pair, "noise"))
 
     def _read(self, way: Way, start: int, size: int) -> tuple[torch.Tensor, ...]:
         with safe_open(self._path(way, start), "pt") as stored:

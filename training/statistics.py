@@ -52,7 +52,10 @@ def estimate(draws: Array) -> Estimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draws:
-    """Bootstrap weights. pairs: `[D, N]`; seeds: `[D, S]`; every row sums to 1 and row 0 is uniform."""
+    """Weights of every draw. pairs: `[D, N]`; seeds: `[D, S]`; every row sums to 1 and row 0 is uniform.
+
+    Weights of seeds may be negative: the mean over all trainings may well lie beyond a few that were made.
+    """
 
     pairs: Array
     seeds: Array
@@ -91,7 +94,11 @@ class Draws:
 
 
 def bootstrap(groups: Sequence[Hashable], seeds: int, draws: int, seed: int = 0) -> Draws:
-    """Redraw groups of pairs and training seeds, with replacement.
+    """Redraw groups of pairs with replacement, and the mean over training seeds from its t distribution.
+
+    Redraws of three seeds would never leave their hull: where nothing but the seeds differs, one claim in four would be
+    false. So weights of seeds are 1 / S + e / sqrt(S (S - 1) q), e normal less its mean, q chi-square over its S - 1
+    degrees of freedom: the weighted mean of any S numbers is then their mean + t s / sqrt(S).
 
     groups: what pair i belongs to, `[N]`: its prompt, so that pairs that share one are drawn together; each pair has
     its own noise. seeds: number S of trained policies. draws: redraws. The same arguments give the same draws.
@@ -104,19 +111,22 @@ def bootstrap(groups: Sequence[Hashable], seeds: int, draws: int, seed: int = 0)
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
     pairs = np.concatenate([np.ones((1, len(member))), counts[:, member]])
-    drawn = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws)
-    weights = np.concatenate([np.ones((1, seeds)), drawn])
-    return Draws(
-        pairs=pairs / pairs.sum(1, keepdims=True), seeds=weights / weights.sum(1, keepdims=True)
-    )
+    weights = np.full((1 + draws, seeds), 1 / seeds)
+    if seeds > 1:
+        normal = rng.normal(size=(draws, seeds))
+        scale = rng.chisquare(seeds - 1, size=(draws, 1)) / (seeds - 1)
+        weights[1:] += (normal - normal.mean(1, keepdims=True)) / np.sqrt(
+            seeds * (seeds - 1) * scale
+        )
+    return Draws(pairs=pairs / pairs.sum(1, keepdims=True), seeds=weights)
 
 
 def difference(ours: Array, theirs: Array) -> Array:
-    """Relative difference of two statistics, ours / theirs - 1, draw by draw: `[D]`.
+    """Relative difference of two statistics, ours / theirs - 1, draw by draw, at least -1: `[D]`.
 
     Less than a billionth is rounding, and 0: what is the same must not come out as surely better.
     """
-    relative = ours / np.maximum(theirs, _TINY) - 1
+    relative = np.maximum(ours, 0) / np.maximum(theirs, _TINY) - 1
     return np.where(np.abs(relative) < 1e-9, 0.0, relative)
 
 
@@ -149,7 +159,7 @@ def at_cost(cost: Array | float, costs: Array, errors: Array) -> Array:
     on as its last piece does. Raises `ValueError` for a curve that does not rise in cost.
     """
     x, y = _rising(costs), np.log(np.maximum(errors, _TINY))
-    at = np.log(np.broadcast_to(cost, x.shape[1:]))
+    at = np.log(np.broadcast_to(np.maximum(cost, _TINY), x.shape[1:]))
     piece = np.clip((x <= at).sum(0), 1, len(x) - 1)
     draw = np.arange(x.shape[1])
     x0, x1, y0, y1 = x[piece - 1, draw], x[piece, draw], y[piece - 1, draw], y[piece, draw]
@@ -172,7 +182,7 @@ def reaching(goal: Array | float, costs: Array, errors: Array) -> Array:
 
 
 def _rising(costs: Array) -> Array:
-    logs = np.log(costs)
+    logs = np.log(np.maximum(costs, _TINY))
     if len(logs) < 2 or not (np.diff(logs[:, 0]) > 0).all():
         got = [round(float(c), 3) for c in costs[:, 0]] if len(costs) else []
         raise ValueError(f"costs of a curve must be two or more that rise, got {got}")

@@ -14,6 +14,7 @@ import rapid3rt
 from rapid3rt.calibrate import command
 from rapid3rt.pipeline import bundled_policy, find_adapter, model_id
 from rapid3rt.policies.folder import PolicyFolder
+from rapid3rt.tiny.policy import SEED as SEARCH_SEED
 from rapid3rt.tiny.scenes import Scene, sample
 from training.bank import Bank
 from training.config import Recipe
@@ -126,6 +127,12 @@ def call_arguments(recipe: Recipe) -> dict[str, Any]:
 def load_scenes(split: str, count: int) -> list[Scene]:
     """The tiny world's scenes of a split."""
     return sample(count, _SEEDS[split], split)
+
+
+def met_captions(count: int = 512) -> set[str]:
+    """What a tiny recipe of so many pairs, or the search before it, may have met: short captions come up again."""
+    met = {scene.caption for split in _SEEDS for scene in load_scenes(split, count)}
+    return met | {scene.caption for scene in sample(count, SEARCH_SEED, "calibration")}
 
 
 def load_prompts(recipe: Recipe, split: str, count: int) -> list[str]:

@@ -11,6 +11,7 @@ from training.comparison import OURS
 
 Json = Mapping[str, Any]
 _NOTHING = "-"
+_SEEDS = ", t distribution over training seeds (of one bank where they share it)"
 
 
 def markdown(document: Json, pictures: Iterable[str] = ()) -> str:
@@ -23,7 +24,7 @@ def markdown(document: Json, pictures: Iterable[str] = ()) -> str:
         f"{settings['pairs']} pairs of the {settings['split']} split ({settings['others']} for some rivals), "
         f"{seeds} training seed{'s' * (seeds > 1)}. Error m: mean squared difference to the converged solution "
         f"({settings['reference']} steps), pixels in -1..1, in 1e-3. Cost: equivalent steps, mean over images. "
-        f"Intervals: 95 %, bootstrap over prompts, noises and training seeds. Dials: {_dials(document)}.",
+        f"Intervals: 95 %, bootstrap over prompts and noises{_SEEDS if seeds > 1 else ''}. Dials: {_dials(document)}.",
     ]
     sections = [
         _headline(document),

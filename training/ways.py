@@ -82,7 +82,7 @@ def searched(family: WarpFamily, k: int, costs: ActionCosts) -> Way:
 
 def allocated(family: WarpFamily, mean: float, costs: ActionCosts) -> Way:
     """The searched family with its searched allocation, asked for a mean of evaluations: before anything is learned."""
-    key = f"allocated {digest(family)} mean={mean!r}"
+    key = f"allocated {digest(family)} by {_short(family.allocation and asdict(family.allocation))} mean={mean!r}"
     return _policy(key, mean, lambda: ScheduleFamily(family, speed=PLAIN / mean), costs)
 
 
@@ -161,6 +161,10 @@ def digest(plan: FixedPlan | WarpFamily) -> str:
     content.pop("allocation", None)
     if content.get("fit") is None:
         content.pop("fit", None)
+    return _short(content)
+
+
+def _short(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -148,8 +148,9 @@ def test_training_seeds_are_averaged_and_shown() -> None:
     assert point["error_by_seed"] == pytest.approx([c.mean() / 36, 3 * c.mean() / 36])
     difference = made.against()["prior"]["6"]["difference"]
     assert difference["value"] == pytest.approx(1)
-    assert difference["low"] == pytest.approx(0)
-    assert difference["high"] == pytest.approx(2)
+    # Once and three times as bad: two trainings leave nearly everything open.
+    assert difference["low"] == pytest.approx(-1)
+    assert difference["high"] > 5
 
 
 def test_the_speed_up_at_the_accuracy_of_the_full_run() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,11 @@ def test_a_policy_must_be_one_of_this_model_on_the_same_grid(tmp_path: Path) -> 
         evaluate._check_policy(tmp_path, base, model)
     (tmp_path / "schedule.json").write_text(json.dumps(schedule | {"allocation": None}))
     evaluate._check_policy(tmp_path, base, model)  # what it allocates is its own
+    cheap = PolicyFolder.load(base)
+    cheap.costs = replace(cheap.costs, reuse=cheap.costs.reuse / 2)
+    cheap.save(tmp_path / "cheap")
+    with pytest.raises(ValueError, match="base must have the action costs of the policy"):
+        evaluate._check_policy(tmp_path / "cheap", base, model)
     config = HeadsConfig(
         family="sd3", channels=4, conditioning=128, heads=("step",), width=8, has_prior=False
     )

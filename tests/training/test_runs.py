@@ -14,7 +14,7 @@ import torch
 import rapid3rt
 from rapid3rt.pipeline import BUNDLED_POLICIES
 from rapid3rt.policies.folder import PolicyFolder
-from rapid3rt.policies.schedule import FixedPlan, ScheduleTick
+from rapid3rt.policies.schedule import FixedPlan, ScheduleTick, WarpFamily
 from rapid3rt.types import REUSE, ActionCosts
 from training import runs as module
 from training import ways
@@ -66,13 +66,25 @@ def test_a_batch_is_made_once_and_read_back(pipe: Any, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob(".*"))  # no scratch is left
 
 
+def test_every_split_has_noises_of_its_own(pipe: Any, tmp_path: Path) -> None:
+    stores = [
+        make(pipe, tmp_path, split=split, seed=seed)
+        for split in ("validation", "test")
+        for seed in (0, 1)
+    ]
+    noises = {
+        torch.randn(8, generator=runs.noise(i)).sum().item() for runs in stores for i in range(3)
+    }
+    assert len(noises) == 12
+
+
 def test_images_keep_sixteen_bits(pipe: Any, tmp_path: Path) -> None:
-    stored = make(pipe, tmp_path).outcome(ways.plain(1), 2).images
-    scenes = make(pipe, tmp_path, 2).scenes
+    runs = make(pipe, tmp_path, 2)
+    stored = runs.outcome(ways.plain(1), 2).images
     images = pipe(
-        [scene.caption for scene in scenes],
+        [scene.caption for scene in runs.scenes],
         num_inference_steps=1,
-        generator=[torch.Generator().manual_seed(i) for i in range(2)],
+        generator=[runs.noise(i) for i in range(2)],
         output_type="pt",
         guidance_scale=3.5,
         max_sequence_length=32,
@@ -260,3 +272,14 @@ def test_keys_tell_ways_apart(tmp_path: Path) -> None:
     assert ways.searched(told, 6, COSTS).key == ways.searched(FAMILY, 6, COSTS).key
     with pytest.raises(ValueError, match=r"folder with a config\.json, got"):
         ways.served(tmp_path / "nowhere", 6)
+
+
+def test_another_allocation_is_another_way() -> None:
+    found = PolicyFolder.load(BASE).schedule
+    assert isinstance(found, WarpFamily)
+    assert found.allocation is not None
+    table = tuple((u, o, 2 * e, t) for u, o, e, t in found.allocation.table)
+    others = [replace(found, allocation=replace(found.allocation, table=table)), FAMILY]
+    keys = {ways.allocated(family, 8, COSTS).key for family in (found, *others)}
+    assert len(keys) == 3
+    assert len({ways.searched(family, 8, COSTS).key for family in (found, *others)}) == 1

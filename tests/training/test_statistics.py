@@ -82,6 +82,36 @@ def test_training_seeds_widen_the_interval() -> None:
     assert together.value == pytest.approx(values.mean())
 
 
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_few_seeds_claim_falsely_as_seldom_as_was_said(seeds: int) -> None:
+    rng, false, many = np.random.default_rng(0), 0, 300
+    for i in range(many):
+        values = 1 + rng.normal(scale=0.01, size=(seeds, 1))
+        relative = difference(
+            bootstrap(range(2), seeds, 400, seed=i).mean(values.repeat(2, 1)), np.ones(401)
+        )
+        span = estimate(relative)
+        false += not span.low <= 0 <= span.high
+    assert false / many < 0.05 + 3 * (0.05 * 0.95 / many) ** 0.5
+    assert false > 0
+
+
+def test_the_spread_over_seeds_is_that_of_student() -> None:
+    values = np.array([[1.0], [2.0], [6.0]]).repeat(4, 1)
+    span = estimate(bootstrap(range(4), 3, 40_000).mean(values))
+    half = 4.303 * 7**0.5 / 3**0.5  # t of two degrees of freedom at 97.5 %, s of 1, 2 and 6
+    assert (span.low, span.high) == pytest.approx((3 - half, 3 + half), rel=0.06)
+
+
+def test_seeds_that_say_nothing_leave_no_nonsense() -> None:
+    draws = bootstrap(range(4), 2, 200)
+    wild = np.array([[1e-4], [1.0]]).repeat(4, 1)
+    relative = difference(draws.mean(wild), np.ones(201))
+    assert relative.min() == -1
+    costs = np.stack([draws.mean(wild), 2 * draws.mean(wild)])
+    assert np.isfinite(at_cost(1.0, costs, costs)).all()
+
+
 def test_what_has_no_training_seed_is_the_same_in_every_one() -> None:
     draws = bootstrap("ab", seeds=3, draws=10)
     once, thrice = np.array([[1.0, 3.0]]), np.array([[1.0, 3.0]] * 3)
