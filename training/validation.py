@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import rapid3rt
 from rapid3rt.policies.learned import Dial, Heads, LearnedPolicy
@@ -18,13 +19,13 @@ from training.allocation import TABLE, even_steps
 from training.bank import Bank, accelerated
 from training.config import LEAST_PAIRS
 from training.ranks import Ranks
-from training.statistics import Array, at_cost, bootstrap, difference
+from training.statistics import Array, at_cost, bootstrap, difference, holm
 
 FURTHER_DIALS = (4.0, 12.0, 17.0, 20.0)
 """That a finished policy is calibrated at, beside those of training."""
 _DRAWS = 1000
 _SURE = 0.9
-"""Share of redraws in which what was learned must be better at a dial, or it is left out there."""
+"""That nothing is used at any dial which gains nothing there; dials at which that is not so sure are left out."""
 
 
 def no_excess(_: float) -> float:
@@ -50,7 +51,12 @@ class Validation:
         """Error, equivalent steps, evaluations and whether the plan is its own, of every pair: float64 `[n, 4]`."""
         bank, family = self.bank, self.family if heads.config.has_prior else None
         policy = LearnedPolicy(heads, family, order=self.order, dial=dial, costs=self.costs)
-        starts = self.ranks.share(range(0, len(bank), bank.batch_size))
+        starts = tqdm(
+            self.ranks.share(range(0, len(bank), bank.batch_size)),
+            desc="serving" if dial is None else f"serving at dial {dial:g}",
+            disable=not bank.progress,
+            leave=False,
+        )
         converged = bank.converged()  # by all ranks together, also by one that gets no pairs
         rows = torch.zeros(len(bank), 4, dtype=torch.float64)
         for start in starts:
@@ -160,19 +166,15 @@ class Validation:
         return metrics, -sum(logs) / len(logs)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Gain:
     """What was learned does at a dial. ratio: the error with it over the one at equal cost without it. surely: share of
-    redraws of the pairs in which it is below 1.
+    redraws of the pairs in which it is below 1. is_sure: whether it may be used, by Holm's correction over the dials.
     """
 
     ratio: float
     surely: float
-
-    @property
-    def is_sure(self) -> bool:
-        """Whether it may be used."""
-        return self.surely >= _SURE
+    is_sure: bool
 
 
 Gains = dict[str, dict[float, Gain]]
@@ -209,7 +211,7 @@ def measure_gains(
         if not curve or cost[0] > curve[-1][0][0]:
             curve.append((cost, error))
     costs, errors = (np.stack(column) for column in zip(*curve, strict=True))
-    gains: dict[float, Gain] = {}
+    ratios, surely = [], []
     for dial, rows in spoken.items():
         cost, error = means(rows)
         rival = at_cost(cost, costs, errors) if len(curve) > 1 else means(alone[dial])[1]
@@ -217,9 +219,11 @@ def measure_gains(
         is_fair = len(curve) > 1 or bool(cost[0] <= costs[0, 0])
         differs = not torch.equal(rows, alone[dial])
         is_better = is_fair and differs and len(set(prompts)) >= LEAST_PAIRS
-        surely = float((relative[1:] < 0).mean()) if is_better else 0.0
-        gains[dial] = Gain(ratio=1 + float(relative[0]), surely=surely)
-    return gains
+        ratios.append(1 + float(relative[0]))
+        surely.append(float((relative[1:] < 0).mean()) if is_better else 0.0)
+    corrected = holm([1 - share for share in surely])
+    gains = zip(ratios, surely, (p <= 1 - _SURE for p in corrected), strict=True)
+    return {dial: Gain(*gain) for dial, gain in zip(spoken, gains, strict=True)}
 
 
 def _mean_of(dial: float | None, rows: torch.Tensor) -> Dial:
