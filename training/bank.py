@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import rapid3rt
+from rapid3rt.calibrate.arguments import fingerprint
 from rapid3rt.policies.schedule import ScheduleFamily, WarpFamily
 from training.checkpoint import differences
 from training.ranks import Ranks
@@ -218,6 +219,11 @@ class Bank:
         name = f"family {hashlib.sha256(repr(what).encode()).hexdigest()[:8]}"
         return self.table(name, lambda: ScheduleFamily(family), budget=evaluations)
 
+    def allocated(self, family: WarpFamily, mean: float) -> Table:
+        """Of a searched family with its own allocation, so many evaluations in the mean."""
+        name = f"allocated {hashlib.sha256(repr(family).encode()).hexdigest()[:8]}"
+        return self.table(name, lambda: ScheduleFamily(family), speed=self.steps / mean)
+
     def run(self, name: str, way: Callable[[], Any], *, steps: int | None = None) -> Outcome:
         """What a way makes of all pairs, from the folder where it was run before."""
         if name in self._known:
@@ -309,15 +315,6 @@ def read_file(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"'{path}' must be as it was written, got: {error}; delete it to make it again"
         ) from None
-
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """Tells the weights of one model from those of another."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        few = tensor.detach().flatten()[:4].double().tolist()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {few}".encode())
-    return digest.hexdigest()[:16]
 
 
 def _plain_name(name: str) -> str:

@@ -120,7 +120,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be None or at least 1, got {value!r}")
-        for name, accepted, requirement in (*self._of_heads(), *self._of_rewards()):
+        checks = (*self._of_heads(), *self._of_rewards(), *self._of_what_is_read())
+        for name, accepted, requirement in checks:
             if not accepted:
                 raise ValueError(f"{name} must {requirement}, got {getattr(self, name)!r}")
 
@@ -168,6 +169,20 @@ class Recipe:
         if "scene" in names:
             yield "prompts", self.prompts == "scenes", "be 'scenes' for the reward scene"
             yield "resolution", self.resolution in (None, 64), "be 64 for the reward scene"
+
+    def _of_what_is_read(self) -> Iterator[tuple[str, bool, str]]:
+        """What nobody reads must not look as if it had been asked for."""
+        for names, is_read, where in (
+            (("quality",), self.reward == "paper", "with the reward fidelity"),
+            (("discount",), self.reward == "paper" or self.omega > 0, "with the reward fidelity"),
+            (("error_power", "failure"), self.reward == "fidelity", "with the reward paper"),
+            (("omega",), self.heads != ("allocation",), "where no head is sampled"),
+            (("warm_start",), not self.prior, "with a prior"),
+        ):
+            for name in names:
+                default = self.__dataclass_fields__[name].default
+                accepted = is_read or getattr(self, name) == default
+                yield name, accepted, f"be {default!r} {where}, which does not read it"
 
 
 _COUNTS = (

@@ -339,9 +339,16 @@ class Trainer:
         dials, bank = self.recipe.dials, self.subject.training
         head = self.heads.allocation
         if head is None:
-            return {_name(b): torch.full((len(bank),), float(max(1, round(b)))) for b in dials}
+            return {_name(b): self._plan_alone(b) for b in dials}
         seen, ticks = read_conditioning(bank), self.recipe.num_inference_steps
         return {_name(b): planned_steps(head, seen, b, ticks) for b in dials}
+
+    def _plan_alone(self, dial: float) -> torch.Tensor:
+        """What the searched family gives every pair without a head: an allocation of its own goes by the image."""
+        bank, family = self.subject.training, self.subject.searched.schedule
+        if family is None or family.allocation is None:
+            return torch.full((len(bank),), float(max(1, round(dial))))
+        return bank.allocated(family, dial).nfe
 
     def _floor(self, name: str, metrics: Mapping[str, float], progress: float) -> float:
         """Least entropy of a head, in nat. A step's: below the untrained policy's here, or what a warm start left."""

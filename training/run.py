@@ -151,6 +151,8 @@ def _train(
         Logs(command.out, tracker=command.tracker, is_main=ranks.is_main, total=recipe.iterations)
     )
     subject = load_subject(recipe, command.banks / recipe.model.replace("/", "--"), ranks)
+    for note in subject.notes:
+        logs.say(note)
     heads = make_heads(recipe, subject).to(ranks.device)
     if subject.calibration is not None:  # what is wrong with it must not show when all is trained
         subject.calibration.converged()

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ import rapid3rt
 from rapid3rt.calibrate import command
 from rapid3rt.pipeline import bundled_policy, find_adapter, model_id
 from rapid3rt.policies.folder import PolicyFolder
+from rapid3rt.policies.schedule import ScheduleFamily
 from rapid3rt.tiny.policy import SEED as SEARCH_SEED
 from rapid3rt.tiny.scenes import Scene, sample
-from training.bank import Bank
+from training.bank import Bank, accelerated
 from training.config import Recipe
 from training.ranks import Ranks
 
@@ -28,7 +29,7 @@ _SEEDS = {"train": 11, "validation": 5, "calibration": 7}
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
     """searched: the policy folder whose family is the prior. calibration: None for heads without a prior. scenes: of
-    every pair of training, None outside the tiny world.
+    every pair of training, None outside the tiny world. notes: what a user should know about the prior.
     """
 
     pipe: Any
@@ -37,6 +38,7 @@ class Subject:
     validation: Bank
     calibration: Bank | None
     scenes: Sequence[Scene] | None
+    notes: tuple[str, ...] = ()
 
 
 def load_subject(recipe: Recipe, folder: Path, ranks: Ranks) -> Subject:
@@ -65,6 +67,7 @@ def load_subject(recipe: Recipe, folder: Path, ranks: Ranks) -> Subject:
             ranks=ranks,
         )
     scenes = load_scenes("train", recipe.pairs) if recipe.prompts == "scenes" else None
+    notes = leave_out_misfit(searched, banks["train"]) if recipe.prior else ()
     return Subject(
         pipe=pipe,
         searched=searched,
@@ -72,7 +75,25 @@ def load_subject(recipe: Recipe, folder: Path, ranks: Ranks) -> Subject:
         validation=banks["validation"],
         calibration=banks.get("calibration"),
         scenes=scenes,
+        notes=notes,
     )
+
+
+def leave_out_misfit(searched: PolicyFolder, bank: Bank) -> tuple[str, ...]:
+    """Take the fitted steps from a family, in place, where they were fitted for other calls; returns what is told.
+
+    With such steps no image has a plan of its own: an allocation would be priced by plans that nobody takes, and saved
+    unmeasured. Without them it is learned on the family's grid at its own order.
+    """
+    family = searched.schedule
+    if family is None or family.fit is None:
+        return ()
+    policy = ScheduleFamily(family, budget=1)
+    with accelerated(bank.pipe, policy):
+        bank.images(range(1))
+    if policy.notes:
+        searched.schedule = replace(family, fit=None)
+    return policy.notes
 
 
 def _counts(recipe: Recipe) -> dict[str, int]:

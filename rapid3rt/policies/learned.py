@@ -4,7 +4,7 @@
 Four heads, each of them optional. `cache` says before the forward whether to compute or reuse, `sparse` how sparsely to
 compute; `step` says how far to go. `allocation` stretches an image's plan after its first evaluation; what every
 stretch is worth is known, so it is trained on tables and never sampled. Every head adds to what the prior says. Without
-a prior (the recipe of the paper) heads start from their own biases.
+a prior (the recipe of the paper) steps and reuse start from the heads' own biases, sparsity near none.
 
 Every choice is a `Decision`. Its log-probability is computed from what it stores alone: observation, conditioning and
 scalars, small and rounded. So an update never runs the generator, and a served decision is a stored one's.
@@ -56,8 +56,8 @@ SCALARS = (
     "log rms of observation",
     "log sigma",
 )
-_DENSER = -3.0
-"""Prior logit of each sparse level below the one before."""
+_SELDOM = -3.0
+"""Prior logit of every sparse level, also in the recipe of the paper, and of reuse on a prior, beside a 0."""
 _PAPER_STEP = (2.5, 1.0)
 
 
@@ -436,11 +436,13 @@ class LearnedPolicy:
             )
             live = state.has_reference & ~state.done & ~self._is_spent(state)
             prior = torch.zeros(len(live), 2, device=live.device)
+            if self.prior is not None:  # whose walk computes at every tick
+                prior[:, 1:] = _SELDOM
             chosen = self._choose("cache", state, seen, prior, live, self._lesson(state))
             action = torch.where(live, chosen, COMPUTE).to(torch.int8)
         if "sparse" in names:
             live = (action == COMPUTE) & ~state.done & ~self._is_spent(state)
-            prior = torch.full((len(live), self.heads.config.levels), _DENSER, device=live.device)
+            prior = torch.full((len(live), self.heads.config.levels), _SELDOM, device=live.device)
             prior[:, 0] = 0.0
             taught = self._lesson(state)
             chosen = self._choose("sparse", state, state.latents, prior, live, taught)
@@ -476,6 +478,8 @@ class LearnedPolicy:
         if self._teacher is not None:
             left = self._teacher.left(state, velocity, self._stretch)
             taught, forced = self._teacher.ratio(state.sigma, left), left <= 1
+        if state.tick + 1 >= self._run.ticks:  # the run ends here, whatever anybody says
+            forced = torch.ones_like(forced)
         if "step" in self.heads.config.heads:
             prior = (
                 torch.zeros(len(forced), 2, device=forced.device)
@@ -486,8 +490,10 @@ class LearnedPolicy:
         assert ratio is not None
         following = torch.where(forced, 0.0, state.sigma * ratio)
         following = following.masked_fill(following < SIGMA_MIN, 0.0)
+        planned = self._left
+        self._left = planned - state.computes.float()  # for who decides before the next forward
         if self.prior is not None and self.prior.fitted is not None and self.order == AUTO:
-            return self.prior.fitted.decision(following, state.nfe + self._left, state.nfe)
+            return self.prior.fitted.decision(following, state.nfe + planned, state.nfe)
         order = torch.full_like(state.nfe, self.order, dtype=torch.int8)
         return StepDecision(next_sigma=following, order=order)
 

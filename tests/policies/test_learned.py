@@ -156,6 +156,39 @@ def test_void_and_forced_decisions_are_not_live(sim):
     assert walk.nfe == [5, 5]
 
 
+@pytest.mark.parametrize("config", [PAPER, replace(DIAL, heads=("cache", "step"))])
+def test_the_step_that_ends_a_run_is_nobodys_choice(sim, config):
+    """Reuse leaves images with ticks for all; the session sends them to 0 at the last one."""
+    stored, ticks = [], 4
+    policy = make_policy(config, trained=True, seeds=lambda run: range(32), record=stored.append)
+    walk = sim.drive(policy, sim.run(32, ticks=ticks), sim.world(32))
+    ends = [row for row in walk.next_sigma if any(x is not None for x in row)]
+    assert len(ends) == ticks
+    assert {x for x in ends[-1] if x is not None} == {0.0}
+    steps = {d.tick: d for d in stored if d.head == "step"}
+    assert steps[ticks - 2].live.any()
+    assert not steps[ticks - 1].live.any()
+
+
+def test_what_is_left_counts_the_coming_evaluation(sim):
+    stored = []
+    config = replace(DIAL, heads=("cache", "sparse", "step"))
+    policy = make_policy(config, {"budget": 6}, seeds=lambda run: [1, 2], record=stored.append)
+    sim.drive(policy, sim.run(2), sim.world(2))
+    place, known = SCALARS.index("left / planned"), len(SCALARS)
+    computed = torch.zeros(2)
+    for decision in stored:
+        left = (6 * decision.scalars[:, place]).round()
+        if decision.head != "step" and decision.tick == 0:
+            assert not decision.scalars[:, known + place].any()
+        elif bool((computed < 6).all()):
+            assert left.tolist() == (6 - computed).tolist()
+        if decision.head == "cache":
+            reuses = (decision.action == 1) & decision.live
+        if decision.head == "step":
+            computed += (~reuses).float()
+
+
 def test_every_image_steps_by_the_weights_of_its_own_plan(sim):
     """Row j of k says so itself."""
     tables = tuple((k, tuple((k, j, 0.0, 0.0) for j in range(k))) for k in range(5, 15))

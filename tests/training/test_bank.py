@@ -216,16 +216,17 @@ def test_a_folder_of_other_pairs_is_refused_by_what_differs(tmp_path, change, fi
     Bank(bank.pipe, bank.prompts, tmp_path, **{**values, **{k: getattr(bank, k) for k in change}})
 
 
-def test_a_folder_of_other_weights_is_refused(tmp_path) -> None:
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_folder_of_other_weights_is_refused(tmp_path, place: int) -> None:
     bank = used(tmp_path)
     weight = bank.pipe.transformer.proj_out.weight
-    before = weight.flatten()[0].item()
+    before = weight.flatten()[place].item()
     try:
-        weight.data.view(-1)[0] += 1e-3
+        weight.data.view(-1)[place] += 1e-3
         with pytest.raises(ValueError, match="another weights"):
             small_world.make_bank(tmp_path)
     finally:
-        weight.data.view(-1)[0] = before
+        weight.data.view(-1)[place] = before
 
 
 def test_without_prompts_there_is_no_bank(tmp_path) -> None:
