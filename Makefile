@@ -3,13 +3,15 @@
 #   PYTHON  interpreter that makes the environment (3.11 to 3.13)
 #   VENV    the environment; one that already holds a torch keeps it
 #   PART    parts of gpu-check to run, by name; empty: those that have not passed yet
-#   OUT     folder that gpu-check writes to
+#   TOTAL   minutes that all parts of gpu-check may take together; empty: eight each
+#   OUT     folder that gpu-check writes to, and goes on from where the machine has forgotten
 
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_ARGS ?=
 TEST_ARGS ?=
 PART ?=
+TOTAL ?=
 OUT ?= gpu-check
 
 BIN := $(VENV)/bin
@@ -71,7 +73,7 @@ sanitize: $(VENV)/.tools ## C++ tests under AddressSanitizer, UndefinedBehaviorS
 
 # The environment's Python where there is one, else the machine's own: nothing is installed into either.
 gpu-check: ## On a machine with a CUDA GPU: prove the kernels, offline (docs/cuda.md)
-	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benches/gpu_check.py --out '$(OUT)' $(addprefix --part ,$(PART))
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benches/gpu_check.py --out '$(OUT)' $(addprefix --part ,$(PART)) $(addprefix --total ,$(TOTAL))
 
 # What a machine with torch and nvcc, but without a network, may lack: for its Python and Linux on x86-64.
 TARGET_PYTHON ?= 3.12

@@ -19,7 +19,14 @@ import torch
 
 from rapid3rt import ops
 from rapid3rt.errors import UnsupportedError
-from rapid3rt.testing.cases import CASES, DTYPES, REAL_CASES, Case, result_tensors
+from rapid3rt.testing.cases import (
+    CASES,
+    CROWDED_CASES,
+    DTYPES,
+    REAL_CASES,
+    Case,
+    result_tensors,
+)
 
 
 def call(case: Case, arguments: tuple[Any, ...]) -> list[torch.Tensor]:
@@ -59,7 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda:0")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
-    cases = [c for c in (*CASES, *(REAL_CASES if options.real else ())) if c.flops + c.values]
+    chosen = (*CASES, *CROWDED_CASES, *(REAL_CASES if options.real else ()))
+    cases = [c for c in chosen if c.flops + c.values]
     ran: Counter[str] = Counter()
     refused: Counter[str] = Counter()
     with torch.no_grad():

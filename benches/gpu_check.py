@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prove the CUDA kernels on the GPU of this machine: build, tests, sanitizers, repeats, benches. `make gpu-check`.
 
-    python benches/gpu_check.py [--part NAME ...] [--out FOLDER] [--wheels FOLDER] [--minutes N]
+    python benches/gpu_check.py [--part NAME ...] [--out FOLDER] [--wheels FOLDER] [--minutes N] [--total N]
 
 Works with the Python that runs it, its torch and its nvcc, without a network and without an environment of its own:
 the package is built into `build/gpu-check/site`, and what this Python lacks comes from the wheels that
 `make wheels-offline` has collected elsewhere. Parts that have passed on this machine from these very sources are not
-run again unless they are named; each ends within its minutes. The folder gets gpu-check.json and gpu-check.txt after
-every part. `python benches/gpu_record.py FOLDER/gpu-check.json` then enters the proof into the checkout.
+run again unless they are named; each ends within its minutes, and none begins that could not end within the total. The
+folder gets gpu-check.json, gpu-check.txt and gpu-check.log, all that programs said, after every part; where this
+machine has no record of its own, one of the same device and sources that lies there is gone on with.
+`python benches/gpu_record.py FOLDER/gpu-check.json` then enters the proof into the checkout.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +31,7 @@ import gpu_parts
 import gpu_record
 from gpu_parts import GROUPS, PARTS, SITE, WORK, Check, CheckError, Outcome
 
+_LEAST_SECONDS = 30.0  # with less a part is not begun
 FACTS = """import json, platform, torch
 found = {"torch": torch.__version__, "python": platform.python_version(), "device": None}
 if torch.cuda.is_available():
@@ -88,11 +93,11 @@ def passed(record: dict[str, Any], name: str) -> bool:
     return bool(record["parts"].get(name, {}).get("status") == "passed")
 
 
-def run_part(name: str, check: Check, minutes: float) -> dict[str, Any]:
-    """What the record keeps of a part."""
+def run_part(name: str, check: Check, deadline: float) -> dict[str, Any]:
+    """What the record keeps of a part. deadline: by `time.monotonic`."""
     print(f"gpu-check: {name} ...", flush=True)
     began = time.monotonic()
-    check.deadline = began + 60 * minutes
+    check.deadline = deadline
     try:
         outcome = PARTS[name](check)
     except CheckError as error:
@@ -115,13 +120,23 @@ def run(options: Any) -> int:
     machine = read_machine()
     record = gpu_record.load(WORK / gpu_record.NAME, machine)
     if not record["parts"]:
+        record = gpu_record.load(options.out / gpu_record.NAME, machine)
+    if not record["parts"]:
         shutil.rmtree(SITE, ignore_errors=True)  # of other sources
     check = Check(machine=machine, wheels=options.wheels)
     names = chosen_parts(options.part, record)
+    end = time.monotonic() + 60 * options.total
     for name in names:
-        record["parts"][name] = run_part(name, check, options.minutes)
+        now = time.monotonic()
+        if end - now < _LEAST_SECONDS:
+            print(
+                f"gpu-check: no time left for {', '.join(names[names.index(name) :])}", flush=True
+            )
+            break
+        record["parts"][name] = run_part(name, check, min(now + 60 * options.minutes, end))
         record["parts"] = {n: record["parts"][n] for n in PARTS if n in record["parts"]}
         gpu_record.keep(record, WORK, options.out)
+        gpu_parts.keep_logs(options.out)
         if name == "build" and not passed(record, name):
             break
     gpu_record.keep(record, options.out)
@@ -138,6 +153,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=gpu_record.ROOT / "gpu-check")
     parser.add_argument("--wheels", type=Path, default=gpu_record.ROOT / "wheels-offline")
     parser.add_argument("--minutes", type=float, default=8.0, help="the most that a part may take")
+    parser.add_argument("--total", type=float, default=math.inf, help="minutes that all may take")
     options = parser.parse_args()
     options.out, options.wheels = options.out.resolve(), options.wheels.resolve()
     try:
@@ -148,4 +164,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # children end too
     sys.exit(main())

@@ -17,6 +17,7 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -32,7 +33,7 @@ SITE, WHEELS, START, RUN, LOGS = (WORK / n for n in ("site", "wheels", "start", 
 REAL = ("80-real", "86-real", "89-real", "90-real", "120-real")  # as cmake/cuda.cmake
 TO_RUN = (
     *("torch", "diffusers", "transformers", "numpy", "PIL", "safetensors", "huggingface_hub"),
-    *("tqdm", "pytest"),
+    *("tqdm", "pytest", "requests", "filelock"),
 )
 HEADERS = "nvidia_cutlass"  # a wheel that nobody imports
 TO_BUILD = ("pip", "scikit_build_core", "pybind11")
@@ -73,20 +74,25 @@ class Check:
     deadline: float = 0.0
 
     def call(self, name: str, command: list[str], **environment: str) -> tuple[int, str]:
-        """Run a program to the deadline; its exit status, 124 when it was stopped, and all it said, kept as a log."""
-        child = subprocess.Popen(
-            command, cwd=RUN, env=child_environment() | environment, text=True, errors="replace",
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        try:
-            said, _ = child.communicate(timeout=max(self.deadline - time.monotonic(), 1.0))
-            status = child.returncode
-        except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)  # its own group, nobody else's processes
-            said, _ = child.communicate()
-            status = STOPPED
-        gpu_record.write(LOGS / f"{name}.log", said)
-        return status, said
+        """Run a program to the deadline; its exit status, 124 when it was stopped, and all it said, kept as a log.
+
+        It writes the log itself: what was said by then is there also when we are killed.
+        """
+        log = LOGS / f"{name}.log"
+        with log.open("w") as out:
+            child = subprocess.Popen(
+                command, cwd=RUN, env=child_environment() | environment,
+                stdout=out, stderr=subprocess.STDOUT, process_group=0,
+            )  # fmt: skip
+            try:
+                status = child.wait(max(self.deadline - time.monotonic(), 1.0))
+            except subprocess.TimeoutExpired:
+                status = STOPPED
+            finally:
+                with suppress(ProcessLookupError):  # what it left running holds the GPU
+                    os.killpg(child.pid, signal.SIGKILL)  # its own group, nobody else's processes
+                child.wait()
+        return status, log.read_text(errors="replace")
 
 
 def child_environment() -> dict[str, str]:
@@ -95,8 +101,11 @@ def child_environment() -> dict[str, str]:
     return {
         **kept,
         "PATH": f"{WHEELS / 'bin'}{os.pathsep}{kept.get('PATH', '')}",
-        "PYTHONPATH": os.pathsep.join(map(str, (START, SITE, WHEELS, ROOT))),
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, map(str, (START, SITE, WHEELS, ROOT, kept.get("PYTHONPATH", ""))))
+        ),
         "PYTHONUNBUFFERED": "1",
+        "COLUMNS": "300",  # pytest cuts the reasons of failures to the width of a terminal that is not there
         "HF_HUB_OFFLINE": "1",
     }
 
@@ -106,6 +115,13 @@ def prepare() -> None:
     for folder in (WORK, WHEELS, START, RUN, LOGS):
         folder.mkdir(parents=True, exist_ok=True)
     gpu_record.write(START / "sitecustomize.py", CUSTOMIZE)
+
+
+def keep_logs(folder: Path, most: int = 400_000) -> None:
+    """Everything that programs said, in one file of a folder; of each at most so many characters, the last ones."""
+    logs = sorted(LOGS.glob("*.log"), key=lambda path: path.stat().st_mtime)
+    parts = [f"===== {path.stem}\n{path.read_text(errors='replace')[-most:]}" for path in logs]
+    gpu_record.write(folder / "gpu-check.log", "\n".join(parts))
 
 
 def tail(said: str, lines: int = 25) -> list[str]:
@@ -203,7 +219,8 @@ def run_tests(check: Check, name: str, files: list[Path]) -> Outcome:
     """The GPU tests of some files, under the suite's own strictness. None that passed is a failure."""
     report = WORK / f"{name}.xml"
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "--tb=short"]
+    command += ["-p", "no:cacheprovider"]
     command += ["-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}", f"--junitxml={report}"]
     status, said = check.call(name, [*command, *map(str, files)])
     counts = count_tests(report)
@@ -310,8 +327,8 @@ def benches(check: Check) -> Outcome:
     summary = (
         f"{len(found['results'])} measured, {len(found['not_measured'])} not, {len(failed)} failed"
     )
-    status = "failed" if failed else "passed"
-    return Outcome(status=status, summary=summary, details={**found, "table": said.splitlines()})
+    outcome = "timeout" if status == STOPPED else "failed" if failed else "passed"
+    return Outcome(status=outcome, summary=summary, details={**found, "table": said.splitlines()})
 
 
 PARTS: dict[str, Callable[[Check], Outcome]] = {

@@ -298,6 +298,41 @@ class Problem {
     }
   }
 
+  // Where one logit is far above all others its value is the output. Dense problems of one row.
+  void check_largest(const Result& got) const {
+    const double rounding = std::is_same_v<T, float16> ? 0x1p-11 : 0x1p-8;
+    int64_t sure = 0;
+    for (int64_t head = 0; head < c_.num_heads; ++head) {
+      for (int64_t i = 0; i < c_.len_q; ++i) {
+        double top = kLowest, second = kLowest;
+        int64_t largest = 0;
+        for (int64_t key = 0; key < c_.len_kv; ++key) {
+          double sum = 0;
+          for (int64_t d = 0; d < kDim; ++d) {
+            sum += double(element(q_, c_.len_q, 0, head, i, d)) *
+                   element(k_, c_.len_kv, 0, head, key, d);
+          }
+          if (sum > top)
+            second = top, top = sum, largest = key;
+          else
+            second = std::max(second, sum);
+        }
+        const float lse = got.lse[head * c_.len_q + i];
+        CHECK(std::fabs(lse - top * c_.scale) <= 1e-5 * std::fabs(top * c_.scale),
+              "lse of query %ld is %g, not %g", long(i), lse, top * c_.scale);
+        if (top - second <= 1e-4 * std::fabs(top)) continue;
+        ++sure;
+        for (int64_t d = 0; d < kDim; ++d) {
+          const double want = element(v_, c_.len_kv, 0, head, largest, d);
+          const double value = to_float(T{got.out[i * token() + head * (kDim + 8) + d]});
+          CHECK(std::fabs(value - want) <= 4 * rounding * std::fabs(want),
+                "output of query %ld, channel %ld is %g, not %g", long(i), long(d), value, want);
+        }
+      }
+    }
+    CHECK(10 * sure > 9 * c_.num_heads * c_.len_q, "%ld queries are sure", long(sure));
+  }
+
   // The first `num_keys` keys get logits of -inf from every query.
   void hide(int64_t num_keys) {
     for (int64_t i = 0; i < c_.num_rows * c_.len_q * token(); i += kDim + 8) {
@@ -488,6 +523,16 @@ void logits_may_be_infinite() {
   problem.check(problem.run({true, 1, 2}));
 }
 
+// From 1e9 on a float is more than an exponent away from the next: weights are 0 or 1.
+template <class T, int kDim, int kBlock>
+void huge_logits_choose_the_largest() {
+  for (const float scale : {1e7f, 1e8f, 1e9f, 1e10f, 1e20f, 1e34f}) {
+    Problem<T, kDim, kBlock> problem({1, 2, 40, 300, 1.0, scale}, 7);
+    problem.make_all_dense();
+    problem.check_largest(problem.run({true, 1, 1}));
+  }
+}
+
 template <class T, int kDim>
 void both_blocks(uint32_t seed) {
   attention_is_right_and_reads_nothing_else<T, kDim, 64>(seed);
@@ -496,6 +541,8 @@ void both_blocks(uint32_t seed) {
   a_full_list_is_dense_attention<T, kDim, 128>();
   logits_may_be_infinite<T, kDim, 64>();
   logits_may_be_infinite<T, kDim, 128>();
+  huge_logits_choose_the_largest<T, kDim, 64>();
+  huge_logits_choose_the_largest<T, kDim, 128>();
 }
 
 }  // namespace

@@ -270,6 +270,11 @@ struct EmulatedMachine {
   static float log2(float x) { return std::log2(x); }
   static float max(float a, float b) { return std::fmax(a, b); }
   static float fma(float a, float b, float c) { return std::fma(a, b, c); }
+  static float mul(float a, float b) {
+    const volatile float rounded = a * b;  // what is volatile is not contracted
+    return rounded;
+  }
+  static float sub(float a, float b) { return a - b; }
   static float quad_max(float x) {
     x = std::fmax(x, shuffle_xor(x, 1));
     return std::fmax(x, shuffle_xor(x, 2));

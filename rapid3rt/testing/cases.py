@@ -407,6 +407,23 @@ def _real_cases() -> Iterator[Case]:
 REAL_CASES: tuple[Case, ...] = tuple(_real_cases())
 
 
+def _crowded_cases() -> Iterator[Case]:
+    for head_dim, block, heads in ((64, 64, 64), (64, 128, 48), (128, 64, 48), (128, 128, 48)):
+        image = 70 if block == 64 else 150
+        geometry = Heads(rows=8, heads=heads, image=image, text=20, head_dim=head_dim, block=block)
+        yield _attention(geometry, 0.7)
+    for blocks in (70, 600):
+        geometry = Heads(rows=1, heads=2, image=32 * blocks, text=40, head_dim=16, block=32)
+        yield _block_lists(geometry, (37,))
+    yield _modulate(2, 3, 8200, affine=True, rms=False)
+    yield _modulate(2, 3, 20003, affine=True, rms=False)
+    yield _lookup_norm(2, 2, 3, 16400)
+
+
+CROWDED_CASES: tuple[Case, ...] = tuple(_crowded_cases())
+"""Small work in many pieces: more tiles than a GPU holds at once, more blocks than a warp has lanes, wide rows."""
+
+
 def cases_of(*ops: str) -> list[Case]:
     """The cases of some ops."""
     return [case for case in CASES if case.op in ops]

@@ -330,6 +330,35 @@ def test_any_scale_is_right(gain: float, head_dim: int, dtype: torch.dtype) -> N
     check_attention(f"gain {gain}", dense(q, k, v, gain * head_dim**-0.5))
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("gain", [1e7, 1e9, 1e10, 1e20, 1e34])
+def test_huge_logits_choose_the_largest(gain: float, head_dim: int, dtype: torch.dtype) -> None:
+    """From 1e9 on a float is more than an exponent away from the next: weights are 0 or 1, never infinite."""
+    g = torch.Generator().manual_seed(20)
+    q, k, v = (torch.randn(1, 2, n, head_dim, generator=g).to(dtype) for n in (150, 600, 600))
+    k *= torch.linspace(0.5, 2, 600, dtype=dtype)[:, None]  # maxima rise over steps
+    logits = q.double() @ k.double().mT
+    top = logits.topk(2)
+    sure = top.values[..., 0] - top.values[..., 1] > 1e-4 * top.values[..., 0].abs()
+    assert sure.float().mean() > 0.95
+    want = v.gather(2, top.indices[..., :1].expand(-1, -1, -1, head_dim))
+    out, lse = ops.block_sparse_attention(*dense(q, k, v, gain), backend="native")
+    tolerance = 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(out.cpu()[sure], want[sure], rtol=tolerance, atol=0)
+    expected = logits.max(3).values * gain
+    torch.testing.assert_close(lse.cpu().double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_logits_that_rise_over_steps_are_exact(head_dim: int, dtype: torch.dtype) -> None:
+    """What was summed decays whenever a later step raises the base."""
+    g = torch.Generator().manual_seed(21)
+    q, k, v = (torch.randn(1, 2, n, head_dim, generator=g) for n in (70, 1000, 1000))
+    k = k * torch.linspace(1, 30, 1000)[:, None]
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    check_attention("rising", dense(q, k, v, 0.125))
+
+
 def test_equal_logits_give_the_mean(dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(9)
     q, k = torch.ones(1, 2, 150, 64).to(dtype), torch.full((1, 2, 203, 64), 0.5).to(dtype)

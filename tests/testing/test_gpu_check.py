@@ -260,6 +260,33 @@ def test_a_part_ends_at_its_deadline(check: gpu_parts.Check) -> None:
     assert gpu_parts.failure(status, "", "").status == "timeout"
 
 
+def test_nothing_that_a_part_started_outlives_it(check: gpu_parts.Check, tmp_path: Path) -> None:
+    """It would hold the GPU beside the next part."""
+    left = tmp_path / "left"
+    child = f"import time; time.sleep(2); open({str(left)!r}, 'w').close()"
+    starter = (
+        f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]); print('on')"
+    )
+    assert check.call("start", [sys.executable, "-c", starter]) == (0, "on\n")
+    time.sleep(4)
+    assert not left.exists()
+
+
+def test_a_log_is_there_while_a_program_runs(check: gpu_parts.Check, tmp_path: Path) -> None:
+    logs = tmp_path / "logs" / "talk.log"
+    reader = f"print('said'); print(open({str(logs)!r}).read())"
+    assert check.call("talk", [sys.executable, "-c", reader]) == (0, "said\nsaid\n\n")
+    gpu_parts.keep_logs(tmp_path / "out")
+    assert (tmp_path / "out" / "gpu-check.log").read_text() == "===== talk\nsaid\nsaid\n\n"
+
+
+def test_children_find_what_was_brought_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/brought")
+    assert gpu_parts.child_environment()["PYTHONPATH"].endswith(":/brought")
+    monkeypatch.delenv("PYTHONPATH")
+    assert not gpu_parts.child_environment()["PYTHONPATH"].endswith(":")
+
+
 def test_what_a_python_lacks_is_named(
     check: gpu_parts.Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,6 +343,34 @@ def test_the_check_stops_after_a_build_that_failed_and_keeps_what_it_knows(
     assert list(record["parts"]) == ["build"]
     assert record["parts"]["build"]["summary"] == "there is no nvcc"
     assert "NOT PROVEN" in (out / "gpu-check.txt").read_text()
+
+
+@pytest.mark.parametrize(("total", "runs"), [("60", True), ("0.4", False)])
+def test_a_machine_that_forgot_goes_on_with_the_record_that_lies_there(
+    total: str,
+    runs: bool,
+    check: gpu_parts.Check,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    ran: list[str] = []
+    for name in gpu_check.PARTS:
+        outcome = gpu_parts.Outcome(status="passed", summary="good")
+        monkeypatch.setitem(
+            gpu_check.PARTS, name, lambda _, name=name, outcome=outcome: ran.append(name) or outcome
+        )
+    monkeypatch.setattr(gpu_check, "read_machine", lambda: dict(MACHINE))
+    out = tmp_path / "out"
+    gpu_record.keep(record_of("build", "tests", "memcheck"), out)
+    words = ["--out", str(out), "--wheels", str(check.wheels), "--total", total]
+    monkeypatch.setattr(sys, "argv", ["gpu_check", *words])
+    assert gpu_check.main() == (0 if runs else 1)
+    rest = [n for n in gpu_check.PARTS if n not in ("tests", "memcheck")]
+    assert ran == (rest if runs else [])  # the build itself is not there
+    record = json.loads((out / gpu_record.NAME).read_text())
+    assert gpu_record.is_proof(record) == runs
+    assert ("no time left for build, racecheck" in capsys.readouterr().out) != runs
 
 
 @pytest.mark.slow

@@ -79,6 +79,9 @@ struct PtxMachine {
   static __device__ __forceinline__ float log2(float x) { return log2f(x); }
   static __device__ __forceinline__ float max(float a, float b) { return fmaxf(a, b); }
   static __device__ __forceinline__ float fma(float a, float b, float c) { return fmaf(a, b, c); }
+  // Rounded one by one: plain operators would be contracted.
+  static __device__ __forceinline__ float mul(float a, float b) { return __fmul_rn(a, b); }
+  static __device__ __forceinline__ float sub(float a, float b) { return __fsub_rn(a, b); }
 
   // Over the four lanes that hold a row.
   static __device__ __forceinline__ float quad_max(float x) {

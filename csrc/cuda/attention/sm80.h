@@ -32,7 +32,8 @@ namespace rapid3rt::cuda {
 
 // M, all static: thread, cta, num_ctas, shared_base, sync, sync_warp, quad_max, quad_sum,
 // atomic_increment; cp_async, commit, wait_all_but_one; ldmatrix, ldmatrix_trans, mma<T>, exp2,
-// log2, pack<T>; load_word, load_chunk, store_word of shared memory, max, fma, store_global.
+// log2, pack<T>; load_word, load_chunk, store_word of shared memory, max, fma, mul, sub,
+// store_global.
 template <class M, class T, int kDim, int kBlock>
 class Sm80Attention {
  public:
@@ -256,7 +257,7 @@ class Sm80Attention {
         for (int n = 0; n < kStepKeys / 8; ++n) {
           top = M::max(top, M::max(logits[m][n][2 * r], logits[m][n][2 * r + 1]));
         }
-        const float now = M::max(row_max_[m][r], M::quad_max(top) * scale);
+        const float now = M::max(row_max_[m][r], M::mul(M::quad_max(top), scale));
         // Without any finite logit the base is 0: -inf minus -inf would be NaN.
         const float base = now == -kInfinity ? 0.0f : now;
         const float decay = M::exp2(row_max_[m][r] - base);
@@ -266,7 +267,8 @@ class Sm80Attention {
         for (int n = 0; n < kStepKeys / 8; ++n) {
           R3_UNROLL
           for (int i = 2 * r; i < 2 * r + 2; ++i) {
-            const float weight = M::exp2(M::fma(logits[m][n][i], scale, -base));
+            // Not fused: what rounding took from the base of a huge logit would be its exponent.
+            const float weight = M::exp2(M::sub(M::mul(logits[m][n][i], scale), base));
             logits[m][n][i] = weight;
             sum += weight;
           }
