@@ -96,10 +96,11 @@ def read_conditioning(bank: Bank) -> torch.Tensor:
 
 
 def fit_head(head: AllocationHead, pairs: Pairs, ticks: int) -> dict[str, float]:
-    """Fit a head in place. Returns metrics, all of pairs that were held out of the fit that judged them.
+    """Fit a head in place. Returns metrics, of pairs that were held out of the fit of the hardness.
 
     `allocation/explained`: share of the variance of hardness. `allocation/ratio@b`: mean error over that of all images
-    alike, at a mean of b. Raises ValueError for fewer than 24 pairs.
+    alike, at a mean of b; the strength is the best on these pairs, so it is at most 1. Raises ValueError for fewer than
+    24 pairs.
     """
     n = len(pairs.errors)
     if n < 2 * _FOLDS:

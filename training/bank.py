@@ -32,7 +32,7 @@ from training.ranks import Ranks
 from training.seeds import seed_of
 
 REFERENCE_STEPS = 80
-"""Of the converged solution, at order 2."""
+"""Of the converged solution, even ones of the highest order that is stable."""
 CONVERGED = f"steps:{REFERENCE_STEPS}/trim/auto"
 _NOTE = "bank.json"
 

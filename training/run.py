@@ -481,6 +481,7 @@ def finish(
         heads=heads.cpu(),
         order=recipe.order,
         calibration=calibration,
+        latent_grid=subject.grid,
     )
 
 

@@ -13,10 +13,12 @@ import torch
 import rapid3rt
 from rapid3rt.calibrate import command
 from rapid3rt.pipeline import bundled_policy, find_adapter, model_id
+from rapid3rt.policies.fixed import Steps
 from rapid3rt.policies.folder import PolicyFolder
-from rapid3rt.policies.schedule import ScheduleFamily
+from rapid3rt.policies.schedule import misfit_notes
 from rapid3rt.tiny.policy import SEED as SEARCH_SEED
 from rapid3rt.tiny.scenes import Scene, sample
+from rapid3rt.types import Run
 from training.bank import Bank, accelerated
 from training.config import Recipe
 from training.ranks import Ranks
@@ -30,6 +32,7 @@ _SEEDS = {"train": 11, "validation": 5, "calibration": 7}
 class Subject:
     """searched: the policy folder whose family is the prior. calibration: None for heads without a prior. scenes: of
     every pair of training, None outside the tiny world. notes: what a user should know about the prior.
+    grid: rows and columns of the image tokens.
     """
 
     pipe: Any
@@ -39,6 +42,7 @@ class Subject:
     calibration: Bank | None
     scenes: Sequence[Scene] | None
     notes: tuple[str, ...] = ()
+    grid: tuple[int, int] | None = None
 
 
 def load_subject(recipe: Recipe, folder: Path, ranks: Ranks) -> Subject:
@@ -67,7 +71,8 @@ def load_subject(recipe: Recipe, folder: Path, ranks: Ranks) -> Subject:
             ranks=ranks,
         )
     scenes = load_scenes("train", recipe.pairs) if recipe.prompts == "scenes" else None
-    notes = leave_out_misfit(searched, banks["train"]) if recipe.prior else ()
+    begun = first_run(banks["train"])
+    notes = leave_out_misfit(searched, begun) if recipe.prior else ()
     return Subject(
         pipe=pipe,
         searched=searched,
@@ -76,10 +81,25 @@ def load_subject(recipe: Recipe, folder: Path, ranks: Ranks) -> Subject:
         calibration=banks.get("calibration"),
         scenes=scenes,
         notes=notes,
+        grid=begun.resolution,
     )
 
 
-def leave_out_misfit(searched: PolicyFolder, bank: Bank) -> tuple[str, ...]:
+class _Listener(Steps):
+    def begin(self, run: Run) -> None:
+        self.begun = run
+        super().begin(run)
+
+
+def first_run(bank: Bank) -> Run:
+    """What policies hear of a recipe's calls, by one evaluation of one image."""
+    policy = _Listener(1, trim=True)
+    with accelerated(bank.pipe, policy):
+        bank.images(range(1))
+    return policy.begun
+
+
+def leave_out_misfit(searched: PolicyFolder, run: Run) -> tuple[str, ...]:
     """Take the fitted steps from a family, in place, where they were fitted for other calls; returns what is told.
 
     With such steps no image has a plan of its own: an allocation would be priced by plans that nobody takes, and saved
@@ -88,12 +108,10 @@ def leave_out_misfit(searched: PolicyFolder, bank: Bank) -> tuple[str, ...]:
     family = searched.schedule
     if family is None or family.fit is None:
         return ()
-    policy = ScheduleFamily(family, budget=1)
-    with accelerated(bank.pipe, policy):
-        bank.images(range(1))
-    if policy.notes:
+    notes = misfit_notes(family, run)
+    if notes:
         searched.schedule = replace(family, fit=None)
-    return policy.notes
+    return notes
 
 
 def _counts(recipe: Recipe) -> dict[str, int]:

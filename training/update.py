@@ -119,6 +119,7 @@ def _ratio_error(new: Mapping[str, torch.Tensor], old: Mapping[str, torch.Tensor
 
 
 def _require_one(error: float) -> float:
+    """Both sides were scored by the same weights: what moves them or the decisions in between is an error of ours."""
     if not error <= _FIRST:
         raise RuntimeError(f"ratios must be 1 before the first step, got an error of {error:.2g}")
     return error

@@ -107,6 +107,7 @@ def test_a_run_leaves_a_policy_metrics_and_checkpoints(finished: Path) -> None:
     assert {path.name for path in (finished / "checkpoints").iterdir()} >= {"iteration-00000003"}
     folder = PolicyFolder.load(finished / "policy")
     assert folder.provenance["recipe"]["members"] == 3
+    assert folder.latent_grid == (8, 8)
     assert len(folder.calibration) >= 2
     assert (finished / "samples" / "00000002.png").is_file()
     pipe = small_world.make_pipe()

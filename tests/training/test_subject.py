@@ -11,45 +11,30 @@ import torch
 
 from rapid3rt.policies.allocation import Allocation, detail
 from rapid3rt.policies.fitted import Fit
-from rapid3rt.policies.schedule import ScheduleFamily, WarpFamily
-from rapid3rt.types import Run
+from rapid3rt.policies.schedule import ScheduleFamily
 from training.bank import accelerated
 from training.grpo import Trainer
 from training.rollout import Group
 from training.run import make_heads
-from training.subject import Subject, leave_out_misfit
-
-
-def fitted_at(subject: Subject, guidance: float) -> WarpFamily:
-    """The small family with steps that were fitted at a guidance scale."""
-    runs: list[Run] = []
-
-    class Spy(ScheduleFamily):
-        def begin(self, run: Run) -> None:
-            runs.append(run)
-            super().begin(run)
-
-    with accelerated(subject.pipe, Spy(small_world.FAMILY, budget=1)):
-        subject.training.images(range(1))
-    rows = tuple((k, ((0.0,) * 4,) * k) for k in range(3, 9))
-    tokens = runs[0].resolution[0] * runs[0].resolution[1]
-    fit = Fit(weights=rows, tokens=tokens, guidance=guidance)
-    return replace(small_world.FAMILY, shift=runs[0].shift, fit=fit)
+from training.subject import first_run, leave_out_misfit
 
 
 def test_steps_that_were_fitted_for_other_calls_are_left_out(tmp_path: Path) -> None:
     subject = small_world.make_subject(tmp_path)
-    family = fitted_at(subject, 3.5)
-    subject.searched.schedule = family
-    assert leave_out_misfit(subject.searched, subject.training) == ()
-    assert subject.searched.schedule is family
-    assert family.fit is not None
-    subject.searched.schedule = replace(family, fit=replace(family.fit, guidance=7.0))
-    (note,) = leave_out_misfit(subject.searched, subject.training)
+    run = first_run(subject.training)
+    assert (run.guidance, run.images) == (3.5, 1)
+    rows = tuple((k, ((0.0,) * 4,) * k) for k in range(3, 9))
+    fit = Fit(weights=rows, tokens=run.resolution[0] * run.resolution[1], guidance=3.5)
+    family = replace(small_world.FAMILY, shift=run.shift, fit=fit)
+    searched = replace(subject.searched, schedule=family)
+    assert leave_out_misfit(searched, run) == ()
+    assert searched.schedule is family
+    searched.schedule = replace(family, fit=replace(fit, guidance=7.0))
+    (note,) = leave_out_misfit(searched, run)
     assert "(here: guidance 3.5, not 7)" in note
-    assert subject.searched.schedule == replace(family, fit=None)
-    subject.searched.schedule = None
-    assert leave_out_misfit(subject.searched, subject.training) == ()
+    assert searched.schedule == replace(family, fit=None)
+    searched.schedule = None
+    assert leave_out_misfit(searched, run) == ()
 
 
 def test_a_price_is_by_the_plans_that_the_family_makes_itself(tmp_path: Path) -> None:
