@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--pairs", type=int, default=4000)
     add("--seed", type=int, default=1, help="of the pairs; evaluations have 0")
     add("--reference", type=int, default=80, help="steps of the converged solutions")
-    add("--dtype", default="bfloat16", help="of the generator")
+    add("--dtype", default="float32", help="of the generator")
     add("--cache", type=Path, default=Path("runs/margin"), help="folder of the runs")
     run(parser, measure, arguments)
 
