@@ -59,16 +59,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     theirs = [outcome(runs, ways.searched(family, k, costs)) for k in around]
 
     draws = bootstrap([scene.caption for scene in runs.scenes], 1, DRAWS)
-    errors = [
-        draws.mean(squared_error(made.images, converged).numpy()[None]) for made in (ours, *theirs)
-    ]
+    each = [squared_error(made.images, converged).numpy() for made in (ours, *theirs)]
+    largest = float(each[0].max() / each[0].sum())  # one image whose outcome flips may be the mean
+    errors = [draws.mean(of_pairs[None]) for of_pairs in each]
     prices = [draws.mean(made.cost.numpy()[None]) for made in (ours, *theirs)]
     rival = at_cost(prices[0], np.stack(prices[1:]), np.stack(errors[1:]))
     relative = estimate(difference(errors[0], rival))
     print(
         f"{options.pairs} pairs at {prices[0][0]:.2f} equivalent steps: {1000 * errors[0][0]:.4f}e-3 against "
         f"{1000 * rival[0]:.4f}e-3 of the searched family: {100 * relative.value:+.1f} % "
-        f"({100 * relative.low:+.1f} .. {100 * relative.high:+.1f}); never worse: {never_worse(relative)}"
+        f"({100 * relative.low:+.1f} .. {100 * relative.high:+.1f}); never worse: {never_worse(relative)}; "
+        f"one image has {largest:.0%} of ours"
     )
     return {
         "model": options.model,
@@ -82,6 +83,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "searched": estimate(rival).to_dict(),
         "difference": relative.to_dict(),
         "never_worse": never_worse(relative),
+        "largest_share": largest,
     }
 
 
