@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gpu_record
 import torch
 import torch.nn.functional as F
 from rivals import COMPILED, NAMES, Arguments, make_rivals
@@ -34,9 +35,7 @@ from rapid3rt.testing.cases import FLUX, REAL_CASES, SD3, Case, real_attention, 
 from rapid3rt.testing.eager import Call
 
 FLUSH_BYTES = 256 * 2**20
-LEAD_CYCLES = (
-    2_000_000  # the GPU idles as long as the slowest rival, 63 ops, takes to launch: about 1 ms
-)
+LEAD_CYCLES = 2_000_000  # about 1 ms: the GPU idles while the slowest rival launches its 63 ops
 ROUNDS = 15
 WARM_CALLS = 20
 SDPA = {
@@ -245,9 +244,7 @@ def run(options: Any) -> dict[str, Any]:
     def keep() -> None:
         """After every case: the next one may be stopped."""
         if options.json:
-            beside = options.json.with_suffix(".part")
-            beside.write_text(json.dumps(found, indent=1) + "\n")
-            beside.replace(options.json)
+            gpu_record.write(options.json, json.dumps(found, indent=1) + "\n")
 
     for case in cases:
         if time.monotonic() - began > options.seconds:

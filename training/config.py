@@ -126,6 +126,11 @@ class Recipe:
                 raise ValueError(f"{name} must {requirement}, got {getattr(self, name)!r}")
 
     @property
+    def has_rollouts(self) -> bool:
+        """Whether any head is sampled; the allocation alone is fitted to the bank."""
+        return any(head != "allocation" for head in self.heads)
+
+    @property
     def teacher_dial(self) -> float:
         """Evaluations of the searched schedule that heads without a prior first repeat."""
         return self.dials[len(self.dials) // 2]
@@ -176,7 +181,7 @@ class Recipe:
             (("quality",), self.reward == "paper", "with the reward fidelity"),
             (("discount",), self.reward == "paper" or self.omega > 0, "with the reward fidelity"),
             (("error_power", "failure"), self.reward == "fidelity", "with the reward paper"),
-            (("omega",), self.heads != ("allocation",), "where no head is sampled"),
+            (("omega",), self.has_rollouts, "where no head is sampled"),
             (("warm_start",), not self.prior, "with a prior"),
         ):
             for name in names:

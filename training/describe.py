@@ -34,17 +34,12 @@ def describe(recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
-def has_rollouts(recipe: Recipe) -> bool:
-    """Whether any head is sampled; the allocation alone is fitted to the bank."""
-    return any(head != "allocation" for head in recipe.heads)
-
-
 def count_bank(recipe: Recipe) -> int:
     """Image evaluations of the bank: references, tables of the family, what allocation and discriminator see."""
     steps, table = recipe.num_inference_steps, sum(_table(recipe))
     reference = REFERENCE_STEPS + ("allocation" in recipe.heads)
     train = reference + (table if recipe.prior else 0)
-    train += steps if recipe.omega and has_rollouts(recipe) else 0
+    train += steps if recipe.omega and recipe.has_rollouts else 0
     calibration = reference if recipe.prior else 0
     if "allocation" in recipe.heads:
         calibration += sum({even_steps(dial, steps) for dial in recipe.dials})
@@ -62,7 +57,7 @@ def count_lessons(recipe: Recipe) -> int:
 
 def count_rollouts(recipe: Recipe) -> int:
     """Image evaluations of all iterations; without a prior at most."""
-    if not has_rollouts(recipe):
+    if not recipe.has_rollouts:
         return 0
     return round(recipe.iterations * recipe.groups * recipe.members * _mean(recipe))
 
@@ -71,18 +66,18 @@ def count_served(recipe: Recipe) -> int:
     """Image evaluations of validation, before training and while it lasts, and of the dials' calibration, where sampled
     heads are measured with what they say and without.
     """
-    times = 1 + -(-recipe.iterations // recipe.evaluate_every) if has_rollouts(recipe) else 0
+    times = 1 + -(-recipe.iterations // recipe.evaluate_every) if recipe.has_rollouts else 0
     if not recipe.prior:
         return round(recipe.validation_pairs * times * recipe.num_inference_steps)
     dials = sum(recipe.dials)
     further = set(FURTHER_DIALS) - set(recipe.dials)
     last = sum(dial for dial in further if dial <= recipe.num_inference_steps)
-    last += dials * (2 if has_rollouts(recipe) else 1)
+    last += dials * (2 if recipe.has_rollouts else 1)
     return round(recipe.validation_pairs * times * dials + recipe.calibration_pairs * last)
 
 
 def _geometry(recipe: Recipe) -> list[str]:
-    if not has_rollouts(recipe):
+    if not recipe.has_rollouts:
         return []
     trajectories = recipe.groups * recipe.members
     calls = -(-trajectories // recipe.rollout_batch)

@@ -146,7 +146,7 @@ class Runs:
         return (images, *spent), trace
 
     def noise(self, pair: int) -> torch.Generator:
-        """No other split's, nor one that anything was calibrated or trained with."""
+        """What draws a pair's noise: no other split's, nor one that anything was calibrated or trained with."""
         return torch.Generator().manual_seed(seed_of(self.seed, self.split, pair, "noise"))
 
     def _read(self, way: Way, start: int, size: int) -> tuple[torch.Tensor, ...]:

@@ -166,7 +166,7 @@ class Validation:
         return metrics, -sum(logs) / len(logs)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gain:
     """What was learned does at a dial. ratio: the error with it over the one at equal cost without it. surely: share of
     redraws of the pairs in which it is below 1. is_sure: whether it may be used, by Holm's correction over the dials.
@@ -222,8 +222,10 @@ def measure_gains(
         ratios.append(1 + float(relative[0]))
         surely.append(float((relative[1:] < 0).mean()) if is_better else 0.0)
     corrected = holm([1 - share for share in surely])
-    gains = zip(ratios, surely, (p <= 1 - _SURE for p in corrected), strict=True)
-    return {dial: Gain(*gain) for dial, gain in zip(spoken, gains, strict=True)}
+    return {
+        dial: Gain(ratio=ratio, surely=share, is_sure=p <= 1 - _SURE)
+        for dial, ratio, share, p in zip(spoken, ratios, surely, corrected, strict=True)
+    }
 
 
 def _mean_of(dial: float | None, rows: torch.Tensor) -> Dial:

@@ -18,23 +18,22 @@ def machine() -> dict[str, Any]:
     `model` is `family-model-stepping` as the processor numbers them: rented ones often have no name, and two
     generations of one maker differ by a factor of two.
     """
+    cpu = _first_core()
+    numbers = (cpu.get(field, "") for field in ("cpu family", "model", "stepping"))
     return {
-        "processor": _cpu("model name") or platform.processor(),
-        "model": "-".join(_cpu(field) for field in ("cpu family", "model", "stepping")).strip("-"),
-        "features": [name for name in _FEATURES if name in _cpu("flags").split()],
+        "processor": cpu.get("model name") or platform.processor(),
+        "model": "-".join(numbers).strip("-"),
+        "features": [name for name in _FEATURES if name in cpu.get("flags", "").split()],
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
 
 
-def _cpu(field: str) -> str:
-    """Of the first core; empty where the kernel does not tell."""
+def _first_core() -> dict[str, str]:
+    """What the kernel tells of it, by field; nothing where it does not tell."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
-        return ""
-    for line in info.read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == field:
-            return value.strip()
-    return ""
+        return {}
+    lines = info.read_text().partition("\n\n")[0].splitlines()
+    return {name.strip(): value.strip() for name, _, value in (x.partition(":") for x in lines)}
